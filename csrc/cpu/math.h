@@ -1,0 +1,136 @@
+// The functions that the losses are made of, for vectors of any instruction set. Included once per instruction set.
+namespace KDLAB_ISA {
+
+template <class V> struct Scalar;
+template <> struct Scalar<F32> {
+    typedef float Real;
+    typedef I32 Int;
+    static constexpr int lanes = sizeof(F32) / sizeof(float);
+    static constexpr int mantissa = 23;
+    static constexpr float rounder = 12582912.0f;           // 1.5 * 2^23: adding it rounds to whole numbers
+    static constexpr float exp_floor = -127;                // 2^x counts as 0 from here down
+    static constexpr float lowest = -1e38f;
+    static constexpr int psi_terms = 9, log_terms = 5;
+    static constexpr int32_t sqrt_half = 0x3f3504f3;        // bits of sqrt(1/2)
+};
+template <> struct Scalar<F64> {
+    typedef double Real;
+    typedef I64 Int;
+    static constexpr int lanes = sizeof(F64) / sizeof(double);
+    static constexpr int mantissa = 52;
+    static constexpr double rounder = 6755399441055744.0;   // 1.5 * 2^52
+    static constexpr double exp_floor = -1023;
+    static constexpr double lowest = -1e308;
+    static constexpr int psi_terms = 17, log_terms = 11;
+    static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
+};
+template <class V> using Real = typename Scalar<V>::Real;
+template <class V> constexpr int lanes = Scalar<V>::lanes;
+template <class V> inline V all(Real<V> x) { return splat(V{}, x); }
+
+template <class To, class From>
+inline To same_bits(From x) {
+    static_assert(sizeof(To) == sizeof(From), "sizes differ");
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+constexpr double log2_of_e = 1.44269504088896340736;
+
+// 2^f for |f| <= 1/2, with 2^0 = 1 exactly
+inline F32 exp2_near_0(F32 f) {                             // minimax, relative error 2e-9
+    F32 p = fma(all<F32>(1.53533619e-4f), f, all<F32>(1.33988744e-3f));
+    p = fma(p, f, all<F32>(9.61843736e-3f));
+    p = fma(p, f, all<F32>(5.55033247e-2f));
+    p = fma(p, f, all<F32>(2.40226479e-1f));
+    p = fma(p, f, all<F32>(6.93147203e-1f));
+    return fma(p, f, all<F32>(1.0f));
+}
+inline F64 exp2_near_0(F64 f) {                             // Taylor: ln(2)^k / k!
+    const double c[] = {1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
+                        0.0013333558146428443, 0.0001540353039338161, 1.5252733804059841e-05, 1.3215486790144307e-06,
+                        1.01780860092397e-07, 7.054911620801121e-09, 4.445538271870812e-10, 2.5678435993488202e-11,
+                        1.3691488853904128e-12};
+    F64 p = all<F64>(c[13]);
+    for (int k = 12; k >= 0; --k) p = fma(p, f, all<F64>(c[k]));
+    return p;
+}
+
+// 2^(a k), for a k >= exp_floor. The product is not rounded before its whole part is gone.
+template <class V>
+inline V exp2_of(V a, V k) {
+    V n = fma(a, k, all<V>(Scalar<V>::rounder)) - all<V>(Scalar<V>::rounder);
+    return scale2(exp2_near_0(fma(a, k, -n)), n);
+}
+
+// psi(v) = e^v - 1 - v, for |v| <= near: v^2 (1/2! + v/3! + v^2/4! + ...)
+template <class V> constexpr Real<V> near = Real<V>(0.75);
+
+constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
+
+template <class V>
+inline V psi(V v) {
+    constexpr int n = Scalar<V>::psi_terms;
+    V p = all<V>(Real<V>(inverse_factorial(n + 1)));
+    for (int k = n; k >= 2; --k) p = fma(p, v, all<V>(Real<V>(inverse_factorial(k))));
+    return p * v * v;
+}
+
+// log x, for normal positive x; NaN and infinity give NaN
+template <class V>
+inline V log_of(V x) {
+    typedef typename Scalar<V>::Int Int;
+    Int i = same_bits<Int>(x), e = (i - Scalar<V>::sqrt_half) >> Scalar<V>::mantissa;
+    V m = same_bits<V>(i - (e << Scalar<V>::mantissa));     // x = m 2^e with sqrt(1/2) <= m < sqrt(2)
+    V s = (m - Real<V>(1)) / (m + Real<V>(1)), s2 = s * s;
+    V p = all<V>(Real<V>(2.0 / (2 * Scalar<V>::log_terms + 1)));
+    for (int k = Scalar<V>::log_terms - 1; k >= 0; --k) p = fma(p, s2, all<V>(Real<V>(2.0 / (2 * k + 1))));
+    return fma(to_float(e), all<V>(Real<V>(0.693147180559945309417)), p * s) + (x - x);
+}
+
+template <class V>
+inline V log1p_of(V x) {
+    V u = x + Real<V>(1);
+    return log_of(u) + (x - (u - Real<V>(1))) / u;
+}
+
+template <class V>
+inline Real<V> sum_of(V v) {                                // pairwise, always in this order
+    Real<V> x[lanes<V>];
+    std::memcpy(x, &v, sizeof v);
+    for (int half = lanes<V> / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
+}
+
+template <class V>
+inline Real<V> max_of(V v) {
+    Real<V> x[lanes<V>];
+    std::memcpy(x, &v, sizeof v);
+    for (int i = 1; i < lanes<V>; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
+    return x[0];
+}
+
+// The first n < lanes elements at p; the rest is `fill`.
+template <class E, class V>
+inline V load_part(const E* p, int n, V fill) {
+    E part[lanes<V>] = {};
+    std::memcpy(part, p, n * sizeof(E));
+    V v = load(part);
+    Real<V> x[lanes<V>], y[lanes<V>];
+    std::memcpy(x, &v, sizeof v);
+    std::memcpy(y, &fill, sizeof v);
+    for (int i = n; i < lanes<V>; ++i) x[i] = y[i];
+    std::memcpy(&v, x, sizeof v);
+    return v;
+}
+
+template <class E, class V>
+inline void store_part(E* p, int n, V v) {
+    E part[lanes<V>];
+    store(part, v);
+    std::memcpy(p, part, n * sizeof(E));
+}
+
+}  // namespace KDLAB_ISA
