@@ -47,28 +47,26 @@ def mlp(
     spec = {"net": "mlp", "hidden": list(hidden), "classes": classes, "in_shape": list(in_shape)}
     return _seeded(layers, seed, spec)
 
-# %% ../nbs/api/06_nets.ipynb #60a8bded
+# %% ../nbs/api/06_nets.ipynb #f514dd3a
 def cnn(
-    channels: Sequence[int] = (16, 32),  # of each convolution; each is followed by a pooling that halves the image
+    channels: Sequence[int] = (16, 32),  # of each convolution
     hidden: int = 64,  # width of the layer before the logits
     classes: int = 10,  # number of logits
     in_shape: Sequence[int] = (1, 8, 8),  # channels, height and width of one image
     seed: int | None = 0,  # of the first weights
 ) -> nn.Sequential:
-    "Layers `conv1`, `relu1`, `pool1`, ..., `flat`, `fc`, `relu`, `head`: (N, *in_shape) -> (N, classes)."
-    if len(in_shape) != 3:
-        raise ValueError(f"in_shape must be (channels, height, width), got {tuple(in_shape)}; for other inputs use mlp")
+    "Layers `conv1`, `relu1`, `conv2`, ..., `pool`, `flat`, `fc`, `relu`, `head`: (N, *in_shape) -> (N, classes)."
+    if len(in_shape) != 3 or min(in_shape[1:]) < 2:
+        raise ValueError("in_shape must be (channels, height, width) with sides of 2 or more, "
+                         f"got {tuple(in_shape)}; for other inputs use mlp")
     first, height, width = in_shape
-    shrink = 2 ** len(channels)
-    if min(height, width) < shrink:
-        raise ValueError(f"in_shape {tuple(in_shape)} is too small for {len(channels)} poolings; use fewer channels")
     def layers():
         for i, (before, after) in enumerate(zip([first, *channels], channels), start=1):
             yield f"conv{i}", nn.Conv2d(before, after, kernel_size=3, padding=1)
             yield f"relu{i}", nn.ReLU()
-            yield f"pool{i}", nn.MaxPool2d(2)
+        yield "pool", nn.MaxPool2d(2)
         yield "flat", nn.Flatten()
-        yield "fc", nn.Linear(channels[-1] * (height // shrink) * (width // shrink), hidden)
+        yield "fc", nn.Linear([first, *channels][-1] * (height // 2) * (width // 2), hidden)
         yield "relu", nn.ReLU()
         yield "head", nn.Linear(hidden, classes)
     spec = {"net": "cnn", "channels": list(channels), "hidden": hidden, "classes": classes, "in_shape": list(in_shape)}

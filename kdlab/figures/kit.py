@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'to_numpy', 'check_logits',
-           'check_labels', 'check_images', 'check_names', 'softmax', 'entropy', 'ranking', 'top_mass', 'series',
-           'layout', 'grey_image', 'flat', 'changes', 'slider', 'choice', 'toggle', 'page', 'write_page']
+           'check_labels', 'check_images', 'check_names', 'check_index', 'softmax', 'entropy', 'ranking', 'top_mass',
+           'series', 'layout', 'grey_image', 'flat', 'changes', 'slider', 'choice', 'toggle', 'page', 'write_page']
 
 # %% ../../nbs/api/figures/00_kit.ipynb #80dcba62
 import json
@@ -82,6 +82,17 @@ def check_names(
         raise ValueError(f"class_names must hold {c} names, one per class; got {len(names)}")
     return names
 
+# %% ../../nbs/api/figures/00_kit.ipynb #0fac58d2
+def check_index(
+    i:int,  # a row
+    n:int,  # number of rows
+    name:str,  # how the caller calls it
+) -> int:
+    "`i` if it is one of 0..n-1."
+    if not 0 <= i < n:
+        raise ValueError(f"{name} must lie in 0..{n - 1}, got {i}")
+    return i
+
 # %% ../../nbs/api/figures/00_kit.ipynb #960a724b
 def softmax(
     logits,  # (..., C) scores
@@ -95,13 +106,13 @@ def softmax(
         e = np.exp(z - z.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #93b64b85
+# %% ../../nbs/api/figures/00_kit.ipynb #8143e158
 def entropy(
     p,  # (..., C) probabilities
 ) -> np.ndarray:
     "Entropy -sum p ln p in nats over the last axis, with 0 ln 0 = 0."
     p = np.asarray(p, dtype=np.float64)
-    return -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+    return (p * -np.log(np.where(p > 0, p, 1.0))).sum(axis=-1) + 0.0  # never -0.0
 
 # %% ../../nbs/api/figures/00_kit.ipynb #de3a500d
 def ranking(

@@ -119,7 +119,7 @@ def temperature_lens(
         titles["The example" if label is None else f"Labelled {names[label]}"] = (0, 1.03)
     return go.Figure(traces, layout(400, titles, bargap=0.25, **parts))
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #9c1c5e49
+# %% ../../nbs/api/figures/01_temperature.ipynb #68adbdf8
 def lens_sentence(
     row,  # (C,) logits
     T:float=4.0,
@@ -136,5 +136,5 @@ def lens_sentence(
 
 
 def _digits(p):
-    "Two decimals, more for a small probability, and never '1.00' for what is below 1."
-    return f"{p:.2f}" if 0.01 <= p <= 0.99 or p == 1 else f"{p:.2g}" if p < 0.01 else f"{p:.{min(8, 1 - int(np.floor(np.log10(1 - p))))}f}"
+    "Two decimals; a small probability keeps two digits, and what is below 1 is never said to be 1."
+    return "over 0.99" if 0.995 <= p < 1 else f"{p:.2f}" if p >= 0.01 else f"{p:.2g}"

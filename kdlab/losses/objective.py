@@ -33,7 +33,7 @@ def live(obj, name:str)->float|Tensor:
     "The number `name` of `obj`: a float in eager code, its tensor under a compiler."
     return obj.__dict__[f"_{name}_tensor" if torch.compiler.is_compiling() else f"_{name}"]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #f3167360
+# %% ../../nbs/api/losses/01_objective.ipynb #6c749dd6
 class Part(NamedTuple):
     "One term of an objective."
     weight: float # its weight
@@ -41,6 +41,7 @@ class Part(NamedTuple):
 
 class Loss(nn.Module):
     "A loss on `(student, teacher, target)`; `*`, `/`, `+`, `-` and `sum` build an `Objective`."
+    role = "soft" # soft: from the teacher; hard: from labels
     def terms(self)->list[tuple[float, "Loss"]]:
         "The single losses inside, each with its weight."
         return [(1., self)]
@@ -67,10 +68,9 @@ def _weight(w)->float:
     if not math.isfinite(value): raise ValueError(f"the weight of a loss must be finite, got {value}")
     return value
 
-# %% ../../nbs/api/losses/01_objective.ipynb #43f89a32
+# %% ../../nbs/api/losses/01_objective.ipynb #a665446d
 class RowLoss(Loss):
     "A loss on rows of logits: its options, and the question that it puts to `ops`."
-    role: str # soft or hard
 
     def __init__(self, dim:int, ignore_index:int, reduction:str, detach_teacher:bool, backend:str):
         super().__init__()
