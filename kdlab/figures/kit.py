@@ -249,7 +249,7 @@ CONTROL_CSS = """
 .kd-error[hidden] { display: none; }
 """
 
-# %% ../../nbs/api/figures/00_kit.ipynb #7fe1f920
+# %% ../../nbs/api/figures/00_kit.ipynb #71ab274c
 CONTROL_JS = """
 function kdControls(box, controls, values, changed) {
   const show = {};
@@ -260,7 +260,7 @@ function kdControls(box, controls, values, changed) {
     const input = document.createElement(c.kind === "choice" ? "select" : "input");
     const said = c.kind === "slider" ? document.createElement("output") : null;
     name.textContent = c.label;
-    input.dataset.name = c.name;
+    Object.assign(input.dataset, { name: c.name, lmSuppressShortcuts: "true" });  // else JupyterLab takes the arrow keys
     row.append(...(c.kind === "toggle" ? [input, name] : [name, input]));
     if (said) { row.append(said); said.setAttribute("aria-hidden", "true"); }
     if (c.kind === "toggle") input.type = "checkbox";

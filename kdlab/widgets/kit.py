@@ -133,16 +133,15 @@ def show(
         for path, value in frame.items():
             live.layout[path] = value
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #df08d43f
+# %% ../../nbs/api/widgets/00_kit.ipynb #e3cddaca
 _PANEL_JS = figures.CONTROL_JS + """
 function render({ model, el }) {
   const make = (tag, cls) => Object.assign(document.createElement(tag), { className: cls });
   const box = make("section", "kd-panel"), title = make("h3", ""), row = make("div", "kd-controls");
   const text = make("p", "kd-text"), error = make("p", "kd-error"), reset = make("button", "kd-reset");
-  box.dataset.lmSuppressShortcuts = "true";  // else JupyterLab takes the arrow keys
   text.setAttribute("aria-live", "polite");
   error.setAttribute("role", "alert");
-  reset.type = "button";
+  reset.type = "button"; reset.dataset.lmSuppressShortcuts = "true";
   reset.textContent = "Reset";
   reset.addEventListener("click", () => model.send({ type: "reset" }));
   let show = {};
