@@ -212,7 +212,13 @@ def _scale(grad:Tensor, factor:Tensor)->Tensor:
              _CODES[factor.dtype], factor.dim() > 0, threads())
     return grad
 
-# %% ../nbs/api/02_ops.ipynb #e82c8483
+# %% ../nbs/api/02_ops.ipynb #92053bb8
+def _spoil_bad_labels(student:Tensor, target:Tensor, q:Question)->tuple[Tensor, Tensor]:
+    "Where raising is not allowed, a label out of range makes its row NaN."
+    bad = (target != q.ignore_index) & ((target < 0) | (target >= student.shape[-1]))
+    return student.masked_fill(bad.unsqueeze(-1), torch.nan), target.masked_fill(bad, 0)
+
+# %% ../nbs/api/02_ops.ipynb #8455c666
 @torch.library.custom_op("kdlab::soft_kl", mutates_args=(), device_types="cpu")
 def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None, row_weight:Tensor|None,
                T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None, t_squared:bool, ignore_index:int,
@@ -220,9 +226,10 @@ def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Ten
     "Loss and gradient of `Question` as one operator; the gradient is empty if nobody needs it."
     q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl)
     call = _Call(student, teacher, target, mask, row_weight, q)
-    out = call.empty_out()
-    grad = call.empty_grad() if need_grad else None
-    call(out=out, grad=grad)
+    out, grad = call.empty_out(), call.empty_grad() if need_grad else None
+    if call(out=out, grad=grad) >= 0:
+        student, target = _spoil_bad_labels(student, target, q)
+        _Call(student, teacher, target, mask, row_weight, q)(out=out, grad=grad)
     return out, student.new_empty(0) if grad is None else grad.to(student.dtype)
 
 @soft_kl_op.register_fake
@@ -231,13 +238,14 @@ def _(student, teacher, target, mask, row_weight, T, kl_weight, ce_weight, norma
     out = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(student, teacher))
     return out, student.new_empty(student.shape if need_grad else 0)
 
-# %% ../nbs/api/02_ops.ipynb #7f2bcbf4
+# %% ../nbs/api/02_ops.ipynb #b156957e
 @torch.library.custom_op("kdlab::soft_kl_backward", mutates_args=(), device_types="cpu")
 def soft_kl_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None,
                         row_weight:Tensor|None, T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None,
                         t_squared:bool, ignore_index:int, reduction:str, use_ce:bool, use_kl:bool)->Tensor:
     "The gradient alone, with the incoming one folded in before rounding: what float16 needs."
     q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl)
+    if use_ce: student, target = _spoil_bad_labels(student, target, q)
     call = _Call(student, teacher, target, mask, row_weight, q)
     grad = call.empty_grad()
     call(grad=grad, grad_in=grad_out.contiguous())
@@ -266,13 +274,13 @@ def _backward(ctx, grad_out, _):
 
 soft_kl_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../nbs/api/02_ops.ipynb #d2883194
+# %% ../nbs/api/02_ops.ipynb #11fb7e31
 def _number(x)->Tensor:
     return x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
 
 def _transforming()->bool:
     "Is a torch.func transform or a forward-mode derivative active?"
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 def _as_operator()->bool:
     "Must the call be visible as an operator (compile, export, fake tensors, dispatch modes)?"

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['T_CURVE', 'lens_numbers', 'lens_bars', 'temperature_lens', 'lens_sentence']
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #3464108d
+# %% ../../nbs/api/figures/01_temperature.ipynb #71fe0403
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import GRID, INK, entropy, grey_image, layout, ranking, series, softmax, top_mass
+from .kit import INK, entropy, grey_image, layout, ranking, series, softmax, top_mass
 
 # %% ../../nbs/api/figures/01_temperature.ipynb #b66fe8bb
 T_CURVE = np.geomspace(0.25, 20, 61)
@@ -45,7 +45,7 @@ def lens_bars(
     names = [class_names[k] for k in top] + [f"{len(p) - shown} others"]
     return names, p[top].tolist() + [float(1 - p[top].sum())], top.tolist() + [-1]
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #283278a8
+# %% ../../nbs/api/figures/01_temperature.ipynb #672caa75
 def _bars(row, T, label, class_names):
     "The bar trace of the middle panel."
     names, heights, classes = lens_bars(row, T, class_names)
@@ -56,7 +56,7 @@ def _bars(row, T, label, class_names):
     return dict(
         type="bar", x=list(range(len(names))), y=heights, xaxis="x2", yaxis="y2", hovertext=hover, hoverinfo="text",
         text=[f"{h:.2g}" if i in best else "" for i, h in enumerate(heights)], textposition="outside",
-        textangle=0, textfont=dict(size=14, color=INK), cliponaxis=False,
+        textangle=0, constraintext="none", textfont=dict(size=14, color=INK), cliponaxis=False,
         marker=dict(color=[marked["color"] if k == label else plain["color"] for k in classes],
                     pattern=dict(shape=["/" if k == label else "" for k in classes], fgcolor="white", size=7)))
 
@@ -77,20 +77,20 @@ def _curves(row, now):
                         marker=dict(color=look["color"], symbol="circle", size=15, line=dict(color="white", width=2))))
     return out
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #5ef16cd4
+# %% ../../nbs/api/figures/01_temperature.ipynb #3fd55a4a
 def _axes(left, names, log_axis, most):
     "Axes of the three panels; the picture is the first when there is one."
-    bars = dict(type="log", range=[-6, 0], dtick=2, exponentformat="power") if log_axis else dict(range=[0, 1], dtick=0.2)
-    curve = dict(anchor="x3", title_standoff=6)
+    bars = dict(type="log", range=[-6, 0.3], dtick=2, exponentformat="power") if log_axis else dict(range=[0, 1.05], dtick=0.2)
+    curve = dict(anchor="x3", title_standoff=8)
     return dict(
-        xaxis2=dict(domain=[left + 0.04, 0.60], anchor="y2", tickvals=list(range(len(names))), ticktext=names, title_text="class"),
-        yaxis2=dict(anchor="x2", title_text="probability", type="linear") | bars,
-        xaxis3=dict(domain=[0.70, 0.97], anchor="y4", type="log", range=[np.log10(0.23), np.log10(22)], title_text="temperature T",
+        xaxis2=dict(domain=[left, 0.61], anchor="y2", tickvals=list(range(len(names))), ticktext=names, title_text="class"),
+        yaxis2=dict(anchor="x2", title_text="probability", title_standoff=8, type="linear") | bars,
+        xaxis3=dict(domain=[0.72, 1], anchor="y4", type="log", range=[np.log10(0.23), np.log10(22)], title_text="temperature T",
                     tickvals=[0.25, 0.5, 1, 2, 4, 8, 16], ticktext=["¼", "½", "1", "2", "4", "8", "16"]),
-        yaxis3=dict(domain=[0.57, 1], range=[0, most * 1.08], title_text="nats", nticks=4, **curve),
-        yaxis4=dict(domain=[0, 0.42], range=[0, 1.05], title_text="mass", dtick=0.5, **curve))
+        yaxis3=dict(domain=[0.58, 1], range=[0, most * 1.08], title_text="nats", nticks=4, **curve),
+        yaxis4=dict(domain=[0, 0.42], range=[0, 1.08], title_text="mass", dtick=0.5, **curve))
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #86cab660
+# %% ../../nbs/api/figures/01_temperature.ipynb #92612ef1
 def temperature_lens(
     row,  # (C,) logits of one example
     T:float=4.0,  # temperature > 0
@@ -104,17 +104,17 @@ def temperature_lens(
     row = np.asarray(row, dtype=np.float64)
     now = lens_numbers(row, T) | {"T": T}
     names = [str(k) for k in range(len(row))] if class_names is None else list(class_names)
-    left = 0.0 if image is None else 0.21
+    left = 0.0 if image is None else 0.26
     traces = [_bars(row, T, label, names), *_curves(row, now)]
     shown = [n if len(n) < 13 else n[:11] + "…" for n in lens_bars(row, T, names)[0]]
     parts = _axes(left, shown, log_axis, now["most"])
-    titles = {f"Teacher at T = {T:.4g}" + ("" if label is None else " (hatched: label)"): (left + 0.04, 1.03),
-              f"Entropy (at most {now['most']:.2f})": (0.70, 1.03), "Top 1 (line), top 3 (dashes)": (0.70, 0.45)}
+    titles = {f"Teacher at T = {T:.4g}" + ("" if label is None else " (hatched: label)"): (left, 1.03),
+              f"Entropy (at most {now['most']:.2f})": (0.72, 1.03), "Mass of top 1, top 3 (dashed)": (0.72, 0.45)}
     if image is not None:
         lo, hi = grey or (float(np.min(image)), float(np.max(image)))
         traces.append(grey_image(image, lo, hi))
         hidden = dict(showgrid=False, showline=False, ticks="", showticklabels=False)
-        parts |= dict(xaxis=dict(domain=[0, 0.18], constrain="domain", **hidden),
+        parts |= dict(xaxis=dict(domain=[0, 0.17], constrain="domain", constraintoward="left", **hidden),
                       yaxis=dict(autorange="reversed", scaleanchor="x", constrain="domain", constraintoward="top", **hidden))
         titles["The example" if label is None else f"Labelled {names[label]}"] = (0, 1.03)
     return go.Figure(traces, layout(400, titles, bargap=0.25, **parts))
