@@ -9,22 +9,23 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #daff4eb2
+# %% ../nbs/api/00_kdlab.ipynb #d56b3de9
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part ForwardKL SoftKL CrossEntropy",
-    "kdlab.distilling": "distill Run load frozen predict show",
+    "kdlab.distilling": "distill Run load frozen predict",
+    "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
-    "kdlab.doctor": "doctor",
+    "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #2b459f44
-_MODULES = "distilling functional losses nets ops reference tasks".split()
+# %% ../nbs/api/00_kdlab.ipynb #691c5f9b
+_MODULES = "distilling experiments functional losses nets ops placebos reference tasks".split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

@@ -70,12 +70,13 @@ def _own_chance():
         random.setstate(states[0])
         np.random.set_state(states[1])
 
-# %% ../nbs/api/04_distilling.ipynb #d0fdb956
+# %% ../nbs/api/04_distilling.ipynb #97ef4592
 def _split(batch)->tuple[Tensor, Tensor|None]:
     "A batch as inputs and labels; labels that are all missing are None."
-    if isinstance(batch, Tensor): return batch, None
-    if not isinstance(batch, (tuple, list)) or not 1 <= len(batch):
-        raise TypeError(f"a batch must be x, (x,) or (x, y), got {type(batch).__name__}; wrap the loader to give tuples")
+    if isinstance(batch, dict): batch = [batch[k] for k in ("x", "y") if k in batch]
+    if isinstance(batch, Tensor): batch = [batch]
+    if not isinstance(batch, (tuple, list)) or not batch or not all(isinstance(b, Tensor) for b in batch[:2]):
+        raise TypeError(f"a batch must be x, (x,), (x, y) or a dict with x and y, of tensors; got {type(batch).__name__}")
     x, y = batch[0], (batch[1] if len(batch) > 1 else None)
     if y is not None and y.dim() == 1 and bool((y == -100).all()): y = None
     return x, y
@@ -342,7 +343,7 @@ def distill(
         _train(_Trainer(run, train, valid, optimizer, scheduler, bar), None if out is None else Path(out), callbacks)
     return run
 
-# %% ../nbs/api/04_distilling.ipynb #18f1f0bc
+# %% ../nbs/api/04_distilling.ipynb #092aae9f
 def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
     "The epochs that are left, and a run in order however they end."
     run, plan = trainer.run, trainer.run.plan
@@ -360,7 +361,9 @@ def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
     except BaseException:
         run.status = "failed"
         raise
-    finally: run.student.eval()
+    finally:
+        run.student.eval()
+        trainer.optimizer.zero_grad(set_to_none=True) # the last gradients are of no use to anyone
 
 def _one_epoch(trainer:_Trainer, before:str|None)->None:
     "Train, measure, check the teacher, remember the best."

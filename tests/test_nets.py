@@ -44,8 +44,8 @@ def test_a_seed_fixes_the_weights_and_leaves_the_global_stream_alone():
 def test_layers_have_names_and_their_sizes():
     teacher = nets.teacher_cnn()
     assert [n for n, _ in teacher.named_children()] == [
-        "conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "flat", "fc", "relu", "head"]
-    assert teacher.conv2.weight.shape == (32, 16, 3, 3) and teacher.fc.weight.shape == (64, 128)
+        "conv1", "relu1", "conv2", "relu2", "pool", "flat", "fc", "relu", "head"]
+    assert teacher.conv2.weight.shape == (32, 16, 3, 3) and teacher.fc.weight.shape == (64, 32 * 4 * 4)
     assert teacher.spec == {"net": "cnn", "channels": [16, 32], "hidden": 64, "classes": 10, "in_shape": [1, 8, 8]}
     assert [n for n, _ in nets.mlp((5, 4)).named_children()] == ["flat", "fc1", "relu1", "fc2", "relu2", "head"]
 
@@ -54,7 +54,7 @@ def test_parameters_are_counted_by_hand():
     assert nets.count_parameters(nets.student_mlp()) == 64 * 256 + 256 + 256 * 10 + 10
     conv = (9 * 16 + 16) + (9 * 16 * 32 + 32)
     teacher = nets.teacher_cnn()
-    assert nets.count_parameters(teacher) == conv + 128 * 64 + 64 + 64 * 10 + 10
+    assert nets.count_parameters(teacher) == conv + 512 * 64 + 64 + 64 * 10 + 10
     teacher.requires_grad_(False)
     assert nets.count_parameters(teacher) == 0
 
@@ -66,7 +66,7 @@ def test_errors_name_the_argument_and_the_way_out():
         nets.build({"net": "resnet"})
     with pytest.raises(ValueError, match="no architecture None"):
         nets.build({"hidden": 3})
-    with pytest.raises(ValueError, match="too small for 2 poolings"):
-        nets.cnn(in_shape=(1, 3, 8))
+    with pytest.raises(ValueError, match="sides of 2 or more, got .1, 1, 8."):
+        nets.cnn(in_shape=(1, 1, 8))
     with pytest.raises(ValueError, match="for other inputs use mlp"):
         nets.teacher_cnn(2, in_shape=(2,))

@@ -1,0 +1,46 @@
+# Two commands: `make lab` to look, `make test` to check. Both set themselves up; a second call starts at once.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/first
+
+.PHONY: lab test setup export readme bench clean help
+
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+lab: $(VENV)/.built  ## set up, run a first distillation, open JupyterLab (HEADLESS=1: stop after the report)
+	@$(BIN)/kdlab distill --out $(RUN)
+ifndef HEADLESS
+	@$(BIN)/kdlab lab
+endif
+
+test: $(VENV)/.built  ## set up and run everything: unit tests, notebooks, browser checks
+	@sh tests/browser/find_chromium.sh || [ -z "$$KDLAB_REQUIRE_BROWSER" ]
+	@$(BIN)/python -m pytest
+
+setup: $(VENV)/.built  ## make the virtual environment and build the extension
+
+export: $(VENV)/.built  ## notebooks -> package, command-line table and README; then clean the notebooks
+	@$(BIN)/nbdev-export
+	@$(BIN)/python docs/readme.py
+	@$(BIN)/nbdev-clean
+
+bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compile
+	@$(BIN)/python benchmarks/soft_kl.py
+
+clean:           ## remove the environment, builds and runs
+	rm -rf $(VENV) build dist *.egg-info runs .browser kdlab/_C*.so
+
+# torch first: everything else must take the version that is there.
+$(VENV)/.deps: constraints.txt settings.ini
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "kdlab needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
