@@ -3,11 +3,13 @@
 KDLAB_EXT=auto (default) builds it and carries on without it if that fails; 0 leaves it out; 1 insists on it.
 """
 import os
+import shutil
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -16,14 +18,29 @@ cfg = config["DEFAULT"]
 lines = lambda key: [line.strip() for line in cfg[key].splitlines() if line.strip()]
 
 
+class BuildWithCourse(build_py):
+    "The lessons go into the package, where `kdlab lab` finds them without a checkout."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            course = Path(self.build_lib) / "kdlab" / "course"
+            shutil.copytree(ROOT / "nbs" / "course", course, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+
 def extensions():
-    "The compiled core, or nothing where KDLAB_EXT=0."
+    "The compiled core as arguments of `setup`, or nothing where KDLAB_EXT=0."
     choice = os.environ.get("KDLAB_EXT", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"KDLAB_EXT must be auto, 0 or 1, not {choice!r}")
     if choice == "0":
         return {}
-    from pybind11.setup_helpers import Pybind11Extension, build_ext
+    try:
+        from pybind11.setup_helpers import Pybind11Extension, build_ext
+    except ImportError:
+        if choice == "1":
+            raise SystemExit("KDLAB_EXT=1 needs pybind11: pip install pybind11")
+        return {}
 
     class Build(build_ext):
         def initialize_options(self):
@@ -38,11 +55,16 @@ def extensions():
         include_dirs=["csrc"],
         depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
         cxx_std=17,
-        extra_compile_args=(["/O2"] if msvc else ["-O3", "-fno-math-errno", "-fvisibility=hidden"]) + openmp,
+        # No silent a*b+c fusion: the same numbers whatever the compiler inlines.
+        extra_compile_args=(["/O2"] if msvc else ["-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden",
+                                                  "-Wno-ignored-attributes", "-Wno-psabi"]) + openmp,
         extra_link_args=[] if msvc else openmp,
         optional=choice == "auto",
     )
     return {"ext_modules": [ext], "cmdclass": {"build_ext": Build}}
+
+
+core = extensions()
 
 
 setup(
@@ -75,5 +97,6 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     zip_safe=False,
-    **extensions(),
+    ext_modules=core.get("ext_modules", []),
+    cmdclass=core.get("cmdclass", {}) | {"build_py": BuildWithCourse},
 )

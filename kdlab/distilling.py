@@ -128,7 +128,7 @@ def _read(folder:Path)->dict:
         raise ValueError(f"{path} is not a run of kdlab (expected the format {_FORMAT!r})")
     return state
 
-# %% ../nbs/api/04_distilling.ipynb #26c8d5e0
+# %% ../nbs/api/04_distilling.ipynb #7aab269f
 class Run:
     """What `kd.distill` returns. `status` is running, finished, stopped early, interrupted or failed.
 
@@ -159,10 +159,10 @@ class Run:
         return folder
 
     def _state(self)->dict:
-        weights = lambda model: None if model is None else {k: v.detach().cpu() for k, v in model.state_dict().items()}
+        weights = lambda model: {k: v.detach().cpu() for k, v in model.state_dict().items()}
         return {"format": _FORMAT, "status": self.status, "plan": self.plan, "history": self.history, "best": self.best,
                 "notes": self.notes, "outputs": self.outputs, "student": weights(self.student),
-                "teacher": weights(self.teacher), "objective": weights(self.objective),
+                "objective": {} if self.objective is None else weights(self.objective),
                 "best_weights": self._best_weights, "loop": self._loop}
 
     def __repr__(self):
@@ -177,38 +177,38 @@ def _row(entry:dict)->str:
     "An epoch of the history as text."
     return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
 
-# %% ../nbs/api/04_distilling.ipynb #981e4934
+# %% ../nbs/api/04_distilling.ipynb #7c7408c5
 def load(
     folder:str|Path, # where `run.save` or `kd.distill(out=...)` wrote
-    student:nn.Module|None=None, # a model of the right shape; not needed for nets from `kd.nets`
-    teacher:nn.Module|None=None, # likewise
+    student:nn.Module|None=None, # a model to fill; not needed for nets from `kd.nets`
+    teacher:nn.Module|None=None, # the teacher of the run, if you want it at hand; checked to be the same
     *,
     unfinished:bool=False, # accept a run that did not finish
 )->Run:
-    "A saved run, with its models filled. Reads tensors and plain values only, so it never executes what it loads."
+    "A saved run with its student. Reads tensors and plain values only, so it never executes what it loads."
     state = _read(Path(folder))
     if state["status"] not in ("finished", "stopped early") and not unfinished:
         done, epochs = len(state["history"]), state["plan"]["epochs"]
         raise ValueError(f"the run in {folder} is unfinished ({state['status']}, {done} of {epochs} epochs). Continue it "
                          f"with kd.distill(..., out={str(folder)!r}, resume=True), or load it as it is with unfinished=True")
-    models = [_fill(which, model, state) for which, model in (("student", student), ("teacher", teacher))]
-    run = Run(*models, None, state["plan"])
+    if teacher is not None and fingerprint(teacher) != state["plan"]["teacher_fingerprint"]:
+        raise ValueError("teacher= is not the model that taught this run: its weights differ")
+    run = Run(_fill(student, state), teacher, None, state["plan"])
     run.status, run.history, run.notes = state["status"], state["history"], state["notes"]
     run.best, run.outputs, run._best_weights, run._loop = (state[k] for k in ("best", "outputs", "best_weights", "loop"))
     return run
 
-def _fill(which:str, model:nn.Module|None, state:dict)->nn.Module|None:
+def _fill(model:nn.Module|None, state:dict)->nn.Module:
     "The saved weights in the given model, or in one built from the spec that kdlab's nets carry."
-    weights, spec = state[which], state["plan"].get(f"{which}_spec")
-    if weights is None: return None
     if model is None:
+        spec = state["plan"]["student_spec"]
         if spec is None:
-            raise ValueError(f"the {which} of this run is not one of kd.nets, so its code is not in the file: "
-                             f"build it and pass {which}=")
+            raise ValueError("the student of this run is not one of kd.nets, so its code is not in the file: "
+                             "build it and pass student=")
         from kdlab import nets
         model = nets.build(spec)
-    try: model.load_state_dict(weights)
-    except RuntimeError as e: raise ValueError(f"{which}= does not fit the saved weights: {e}") from None
+    try: model.load_state_dict(state["student"])
+    except RuntimeError as e: raise ValueError(f"student= does not fit the saved weights: {e}") from None
     return model.eval()
 
 # %% ../nbs/api/04_distilling.ipynb #9729e542
@@ -385,7 +385,7 @@ def _one_epoch(trainer:_Trainer, before:str|None)->None:
     _watch(run, entry)
     trainer.bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if isinstance(v, float)})
 
-# %% ../nbs/api/04_distilling.ipynb #9a44b882
+# %% ../nbs/api/04_distilling.ipynb #dd265b09
 def _watch(run:Run, entry:dict)->None:
     "Keep the best epoch, and stop when patience is over."
     monitor = next((m for m in ("valid_accuracy", "valid_loss") if m in entry), None)
@@ -416,7 +416,7 @@ def _plan(student, teacher, objective, epochs, seed, patience)->dict:
     about = lambda m: None if m is None else f"{name(m)}, {sum(p.numel() for p in m.parameters()):,} parameters"
     return {"objective": objective.equation(), "epochs": epochs, "seed": seed, "patience": patience,
             "student": about(student), "student_start": fingerprint(student), "student_spec": getattr(student, "spec", None),
-            "teacher": about(teacher), "teacher_spec": getattr(teacher, "spec", None),
+            "teacher": about(teacher),
             "teacher_fingerprint": None if teacher is None else fingerprint(teacher)}
 
 # %% ../nbs/api/04_distilling.ipynb #c93800c1
