@@ -7,10 +7,10 @@ template <> struct Scalar<F32> {
     typedef I32 Int;
     static constexpr int lanes = sizeof(F32) / sizeof(float);
     static constexpr int mantissa = 23;
-    static constexpr float rounder = 12582912.0f;           // 1.5 * 2^23: adding it rounds to whole numbers
+    static constexpr float rounder = 12582912.0f + 127.0f;  // 1.5 * 2^23 + bias: adding it rounds to whole numbers
     static constexpr float exp_floor = -127;                // 2^x counts as 0 from here down
     static constexpr float lowest = -1e38f;
-    static constexpr int psi_terms = 9, log_terms = 5;
+    static constexpr int psi_terms = 8, log_terms = 5;
     static constexpr int32_t sqrt_half = 0x3f3504f3;        // bits of sqrt(1/2)
 };
 template <> struct Scalar<F64> {
@@ -18,12 +18,17 @@ template <> struct Scalar<F64> {
     typedef I64 Int;
     static constexpr int lanes = sizeof(F64) / sizeof(double);
     static constexpr int mantissa = 52;
-    static constexpr double rounder = 6755399441055744.0;   // 1.5 * 2^52
+    static constexpr double rounder = 6755399441055744.0 + 1023.0;      // 1.5 * 2^52 + bias
     static constexpr double exp_floor = -1023;
     static constexpr double lowest = -1e308;
     static constexpr int psi_terms = 17, log_terms = 11;
     static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
 };
+// The vector that elements of type E are computed in
+template <class E> struct VectorOf { typedef F32 type; };
+template <> struct VectorOf<double> { typedef F64 type; };
+template <class E> using VecOf = typename VectorOf<E>::type;
+
 template <class V> using Real = typename Scalar<V>::Real;
 template <class V> constexpr int lanes = Scalar<V>::lanes;
 template <class V> inline V all(Real<V> x) { return splat(V{}, x); }
@@ -57,23 +62,36 @@ inline F64 exp2_near_0(F64 f) {                             // Taylor: ln(2)^k /
     return p;
 }
 
-// 2^(a k), for a k >= exp_floor. The product is not rounded before its whole part is gone.
+// 2^(x k), for x k >= exp_floor. k comes as a sum, and the product loses its whole part before it is rounded: so the
+// relative error is about one rounding, however large x k is.
 template <class V>
-inline V exp2_of(V a, V k) {
-    V n = fma(a, k, all<V>(Scalar<V>::rounder)) - all<V>(Scalar<V>::rounder);
-    return scale2(exp2_near_0(fma(a, k, -n)), n);
+inline V exp2_of(V x, V k, V k_rest) {
+    V shifted = fma(x, k, all<V>(Scalar<V>::rounder)), n = shifted - all<V>(Scalar<V>::rounder);
+    return exp2_near_0(fma(x, k_rest, fma(x, k, -n))) * power_of_2(shifted);
 }
 
 // psi(v) = e^v - 1 - v, for |v| <= near: v^2 (1/2! + v/3! + v^2/4! + ...)
 template <class V> constexpr Real<V> near = Real<V>(0.75);
 
-constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
+template <class R>
+struct Series {                                             // 1/k! for psi, 2/(2k+1) for the logarithm
+    R inverse_factorial[20], odd[20];
+    constexpr Series() : inverse_factorial(), odd() {
+        double f = 1;
+        for (int k = 0; k < 20; ++k) {
+            if (k > 1) f /= k;
+            inverse_factorial[k] = R(f);
+            odd[k] = R(2.0 / (2 * k + 1));
+        }
+    }
+};
+template <class V> constexpr Series<Real<V>> series = {};
 
 template <class V>
 inline V psi(V v) {
     constexpr int n = Scalar<V>::psi_terms;
-    V p = all<V>(Real<V>(inverse_factorial(n + 1)));
-    for (int k = n; k >= 2; --k) p = fma(p, v, all<V>(Real<V>(inverse_factorial(k))));
+    V p = all<V>(series<V>.inverse_factorial[n + 1]);
+    for (int k = n; k >= 2; --k) p = fma(p, v, all<V>(series<V>.inverse_factorial[k]));
     return p * v * v;
 }
 
@@ -84,8 +102,8 @@ inline V log_of(V x) {
     Int i = same_bits<Int>(x), e = (i - Scalar<V>::sqrt_half) >> Scalar<V>::mantissa;
     V m = same_bits<V>(i - (e << Scalar<V>::mantissa));     // x = m 2^e with sqrt(1/2) <= m < sqrt(2)
     V s = (m - Real<V>(1)) / (m + Real<V>(1)), s2 = s * s;
-    V p = all<V>(Real<V>(2.0 / (2 * Scalar<V>::log_terms + 1)));
-    for (int k = Scalar<V>::log_terms - 1; k >= 0; --k) p = fma(p, s2, all<V>(Real<V>(2.0 / (2 * k + 1))));
+    V p = all<V>(series<V>.odd[Scalar<V>::log_terms]);
+    for (int k = Scalar<V>::log_terms - 1; k >= 0; --k) p = fma(p, s2, all<V>(series<V>.odd[k]));
     return fma(to_float(e), all<V>(Real<V>(0.693147180559945309417)), p * s) + (x - x);
 }
 
@@ -93,44 +111,6 @@ template <class V>
 inline V log1p_of(V x) {
     V u = x + Real<V>(1);
     return log_of(u) + (x - (u - Real<V>(1))) / u;
-}
-
-template <class V>
-inline Real<V> sum_of(V v) {                                // pairwise, always in this order
-    Real<V> x[lanes<V>];
-    std::memcpy(x, &v, sizeof v);
-    for (int half = lanes<V> / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
-}
-
-template <class V>
-inline Real<V> max_of(V v) {
-    Real<V> x[lanes<V>];
-    std::memcpy(x, &v, sizeof v);
-    for (int i = 1; i < lanes<V>; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
-    return x[0];
-}
-
-// The first n < lanes elements at p; the rest is `fill`.
-template <class E, class V>
-inline V load_part(const E* p, int n, V fill) {
-    E part[lanes<V>] = {};
-    std::memcpy(part, p, n * sizeof(E));
-    V v = load(part);
-    Real<V> x[lanes<V>], y[lanes<V>];
-    std::memcpy(x, &v, sizeof v);
-    std::memcpy(y, &fill, sizeof v);
-    for (int i = n; i < lanes<V>; ++i) x[i] = y[i];
-    std::memcpy(&v, x, sizeof v);
-    return v;
-}
-
-template <class E, class V>
-inline void store_part(E* p, int n, V v) {
-    E part[lanes<V>];
-    store(part, v);
-    std::memcpy(p, part, n * sizeof(E));
 }
 
 }  // namespace KDLAB_ISA

@@ -9,6 +9,9 @@ typedef int32_t I32 __attribute__((vector_size(16)));
 typedef int64_t I64 __attribute__((vector_size(16)));
 inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 inline F64 to_float(I64 x) { return __builtin_convertvector(x, F64); }
+inline F64 low_half(F32 x) { return F64{x[0], x[1]}; }
+inline F64 high_half(F32 x) { return F64{x[2], x[3]}; }
+inline double sum_of(F64 x) { return x[0] + x[1]; }
 #else
 typedef float F32;
 typedef double F64;
@@ -16,6 +19,9 @@ typedef int32_t I32;
 typedef int64_t I64;
 inline F32 to_float(I32 x) { return static_cast<float>(x); }
 inline F64 to_float(I64 x) { return static_cast<double>(x); }
+inline F64 low_half(F32 x) { return x; }
+inline F64 high_half(F32) { return 0; }
+inline double sum_of(F64 x) { return x; }
 #endif
 
 inline F32 splat(F32, float x) { return x - F32{}; }
@@ -29,22 +35,34 @@ inline F64 min(F64 a, F64 b) { return a < b ? a : b; }
 inline F32 abs(F32 a) { return max(a, -a); }
 inline F64 abs(F64 a) { return max(a, -a); }
 
-// p * 2^n for a whole n >= -127 (float) or -1023 (double), where the result is 0
-inline F32 scale2(F32 p, F32 n) {
-    n = n + 12582912.0f + 127.0f;                           // 1.5 * 2^23: the number stands in the low bits
-    I32 i;
-    std::memcpy(&i, &n, sizeof i);
-    i = i << 23;
-    std::memcpy(&n, &i, sizeof i);
-    return p * n;
+// The largest lane; anything if one is NaN.
+inline float max_of(F32 v) {
+    float x[sizeof v / 4];
+    std::memcpy(x, &v, sizeof v);
+    for (float y : x) x[0] = y > x[0] ? y : x[0];
+    return x[0];
 }
-inline F64 scale2(F64 p, F64 n) {
-    n = n + 6755399441055744.0 + 1023.0;
+inline double max_of(F64 v) {
+    double x[sizeof v / 8];
+    std::memcpy(x, &v, sizeof v);
+    for (double y : x) x[0] = y > x[0] ? y : x[0];
+    return x[0];
+}
+
+// 2^n from n + exponent bias in the low bits of x (see exp2_of); 0 for n = -127 (float) or -1023 (double)
+inline F32 power_of_2(F32 x) {
+    I32 i;
+    std::memcpy(&i, &x, sizeof i);
+    i = i << 23;
+    std::memcpy(&x, &i, sizeof i);
+    return x;
+}
+inline F64 power_of_2(F64 x) {
     I64 i;
-    std::memcpy(&i, &n, sizeof i);
+    std::memcpy(&i, &x, sizeof i);
     i = i << 52;
-    std::memcpy(&n, &i, sizeof i);
-    return p * n;
+    std::memcpy(&x, &i, sizeof i);
+    return x;
 }
 
 template <class V, class E>
@@ -70,8 +88,30 @@ inline void store(float* p, F32 v) { store_each(p, v); }
 inline void store(double* p, F64 v) { store_each(p, v); }
 inline void store(bf16* p, F32 v) { store_each(p, v); }
 inline void store(f16* p, F32 v) { store_each(p, v); }
+
+// The first n elements at p, fewer than there are lanes; the others are `fill`, and are not touched in store_part.
+template <class E, class V>
+inline V load_part(const E* p, int n, V fill) {
+    decltype(to_real(*p)) x[sizeof(V) / sizeof(to_real(*p))];
+    std::memcpy(x, &fill, sizeof x);
+    for (int i = 0; i < n; ++i) x[i] = to_real(p[i]);
+    std::memcpy(&fill, x, sizeof x);
+    return fill;
+}
+template <class E, class V>
+inline void store_part(E* p, int n, V v) {
+    decltype(to_real(*p)) x[sizeof(V) / sizeof(to_real(*p))];
+    std::memcpy(x, &v, sizeof x);
+    for (int i = 0; i < n; ++i) from_real(x[i], p + i);
+}
+
 template <class E, class V>
 inline void stream(E* p, V v) { store(p, v); }              // past the cache where the CPU can
+#if defined(__GNUC__)
+inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + prefetch_ahead); }
+#else
+inline void prefetch(const void*) {}
+#endif
 inline void stream_end() {}
 
 }  // namespace KDLAB_ISA

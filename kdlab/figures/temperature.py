@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['T_CURVE', 'lens_numbers', 'lens_bars', 'temperature_lens', 'lens_sentence']
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #71fe0403
+# %% ../../nbs/api/figures/01_temperature.ipynb #9498f663
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, entropy, grey_image, layout, ranking, series, softmax, top_mass
+from .kit import (HATCH, INK, are_long, class_axis, entropy, grey_image, layout, ranking, series, softmax,
+                               top_mass)
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #b66fe8bb
+# %% ../../nbs/api/figures/01_temperature.ipynb #46860676
 T_CURVE = np.geomspace(0.25, 20, 61)
 "The temperatures at which the curves are drawn."
 
-
+# %% ../../nbs/api/figures/01_temperature.ipynb #b3d5a6f9
 def lens_numbers(
     row,  # (C,) logits of one example
     T:float=4.0,  # temperature
@@ -29,11 +30,12 @@ def lens_numbers(
     return dict(p=p, order=ranking(row), entropy=float(entropy(p)), most=float(np.log(len(p))),
                 top1=float(top_mass(p, 1)), top3=float(top_mass(p, 3)))
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #c0e17e2a
+# %% ../../nbs/api/figures/01_temperature.ipynb #a8b67c4a
 def lens_bars(
     row,  # (C,) logits
     T:float,
     class_names:list[str],
+    label:int | None=None,  # the true class; it gets a bar in any case
     most:int=20,  # up to so many classes each has a bar
     shown:int=12,  # bars when there are more
 ) -> tuple[list[str], list[float], list[int]]:
@@ -41,26 +43,28 @@ def lens_bars(
     p = softmax(row, T)
     if len(p) <= most:
         return list(class_names), p.tolist(), list(range(len(p)))
-    top = ranking(row)[:shown]
+    top = ranking(row)[:shown].tolist()
+    if label is not None and label not in top:
+        top[-1] = int(label)
     names = [class_names[k] for k in top] + [f"{len(p) - shown} others"]
-    return names, p[top].tolist() + [float(1 - p[top].sum())], top.tolist() + [-1]
+    return names, p[top].tolist() + [float(1 - p[top].sum())], [*top, -1]
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #672caa75
+# %% ../../nbs/api/figures/01_temperature.ipynb #c66de2a3
 def _bars(row, T, label, class_names):
     "The bar trace of the middle panel."
-    names, heights, classes = lens_bars(row, T, class_names)
+    names, heights, classes = lens_bars(row, T, class_names, label)
     best = set(ranking(heights)[:3].tolist())
     rank = {int(k): i + 1 for i, k in enumerate(ranking(row))}
     hover = [f"{n}: {h:.4g}" + (f", rank {rank[k]}" if k >= 0 else "") for n, h, k in zip(names, heights, classes)]
-    plain, marked = series(0), series(1)
+    colors = {-1: series(5)["color"], label: series(1)["color"]}
     return dict(
         type="bar", x=list(range(len(names))), y=heights, xaxis="x2", yaxis="y2", hovertext=hover, hoverinfo="text",
-        text=[f"{h:.2g}" if i in best else "" for i, h in enumerate(heights)], textposition="outside",
-        textangle=0, constraintext="none", textfont=dict(size=14, color=INK), cliponaxis=False,
-        marker=dict(color=[marked["color"] if k == label else plain["color"] for k in classes],
-                    pattern=dict(shape=["/" if k == label else "" for k in classes], fgcolor="white", size=7)))
+        text=[f"{h:.2f}".removeprefix("0") if i in best and h > 0.005 else "" for i, h in enumerate(heights)],
+        textposition="outside", textangle=0, constraintext="none", textfont=dict(size=14, color=INK), cliponaxis=False,
+        marker=dict(color=[colors.get(k, series(0)["color"]) for k in classes],
+                    pattern=dict(shape=["/" if k == label else "" for k in classes], **HATCH)))
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #906badb1
+# %% ../../nbs/api/figures/01_temperature.ipynb #0f912603
 def _curves(row, now):
     "Entropy and top-k mass against T, each with a marker at the present T."
     p = np.stack([softmax(row, t) for t in T_CURVE])
@@ -70,27 +74,30 @@ def _curves(row, now):
     for name, axis, y, value, i in lines:
         look = series(i)
         line = dict(color=look["color"], dash=look["dash"] if i < 2 else "solid", width=3)
-        out.append(dict(type="scatter", mode="lines", name=name, x=T_CURVE.tolist(), y=y.tolist(), xaxis="x3", yaxis=axis,
-                        line=line, hovertemplate=f"{name} %{{y:.3f}} at T = %{{x:.3g}}<extra></extra>"))
+        out.append(dict(type="scatter", mode="lines", name=name, x=T_CURVE.tolist(), y=y.tolist(), xaxis="x3",
+                        yaxis=axis, line=line, hovertemplate=f"{name} %{{y:.3f}} at T = %{{x:.3g}}<extra></extra>"))
         out.append(dict(type="scatter", mode="markers", name=f"{name} now", x=[now["T"]], y=[value], xaxis="x3",
                         yaxis=axis, hoverinfo="skip", cliponaxis=False,
                         marker=dict(color=look["color"], symbol="circle", size=15, line=dict(color="white", width=2))))
     return out
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #3fd55a4a
+# %% ../../nbs/api/figures/01_temperature.ipynb #49835baa
 def _axes(left, names, log_axis, most):
     "Axes of the three panels; the picture is the first when there is one."
-    bars = dict(type="log", range=[-6, 0.3], dtick=2, exponentformat="power") if log_axis else dict(range=[0, 1.05], dtick=0.2)
-    curve = dict(anchor="x3", title_standoff=8)
+    log = dict(type="log", range=[-6, 0.3], tickvals=[1, 1e-2, 1e-4, 1e-6], ticktext="1 10⁻² 10⁻⁴ 10⁻⁶".split())
+    linear = dict(range=[0, 1.05], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1], ticktext=["0", ".2", ".4", ".6", ".8", "1"])
+    bars = log if log_axis else linear
+    curve = dict(anchor="x3")
     return dict(
-        xaxis2=dict(domain=[left, 0.61], anchor="y2", tickvals=list(range(len(names))), ticktext=names, title_text="class"),
-        yaxis2=dict(anchor="x2", title_text="probability", title_standoff=8, type="linear") | bars,
-        xaxis3=dict(domain=[0.72, 1], anchor="y4", type="log", range=[np.log10(0.23), np.log10(22)], title_text="temperature T",
-                    tickvals=[0.25, 0.5, 1, 2, 4, 8, 16], ticktext=["¼", "½", "1", "2", "4", "8", "16"]),
+        xaxis2=dict(domain=[left, 0.62], anchor="y2", **class_axis(names)),
+        yaxis2=dict(anchor="x2", title_text="probability", type="linear") | bars,
+        xaxis3=dict(domain=[0.73, 1], anchor="y4", type="log", range=[np.log10(0.23), np.log10(22)],
+                    title_text="temperature T", tickvals=[0.25, 0.5, 1, 2, 4, 8, 16],
+                    ticktext="¼ ½ 1 2 4 8 16".split()),
         yaxis3=dict(domain=[0.58, 1], range=[0, most * 1.08], title_text="nats", nticks=4, **curve),
         yaxis4=dict(domain=[0, 0.42], range=[0, 1.08], title_text="mass", dtick=0.5, **curve))
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #92612ef1
+# %% ../../nbs/api/figures/01_temperature.ipynb #4742b8fa
 def temperature_lens(
     row,  # (C,) logits of one example
     T:float=4.0,  # temperature > 0
@@ -104,22 +111,24 @@ def temperature_lens(
     row = np.asarray(row, dtype=np.float64)
     now = lens_numbers(row, T) | {"T": T}
     names = [str(k) for k in range(len(row))] if class_names is None else list(class_names)
-    left = 0.0 if image is None else 0.26
+    left = 0.0 if image is None else 0.29
     traces = [_bars(row, T, label, names), *_curves(row, now)]
-    shown = [n if len(n) < 13 else n[:11] + "…" for n in lens_bars(row, T, names)[0]]
+    shown, _, _ = lens_bars(row, T, names, label)
     parts = _axes(left, shown, log_axis, now["most"])
     titles = {f"Teacher at T = {T:.4g}" + ("" if label is None else " (hatched: label)"): (left, 1.03),
-              f"Entropy (at most {now['most']:.2f})": (0.72, 1.03), "Mass of top 1, top 3 (dashed)": (0.72, 0.45)}
+              f"Entropy (at most {now['most']:.2f})": (0.73, 1.03), "Top 1, top 3 (dashed)": (0.73, 0.45)}
     if image is not None:
         lo, hi = grey or (float(np.min(image)), float(np.max(image)))
         traces.append(grey_image(image, lo, hi))
-        hidden = dict(showgrid=False, showline=False, ticks="", showticklabels=False)
-        parts |= dict(xaxis=dict(domain=[0, 0.17], constrain="domain", constraintoward="left", **hidden),
-                      yaxis=dict(autorange="reversed", scaleanchor="x", constrain="domain", constraintoward="top", **hidden))
+        hidden = dict(showgrid=False, mirror=True, ticks="", showticklabels=False)
+        parts |= dict(xaxis=dict(domain=[0, 0.2], constrain="domain", constraintoward="left", **hidden),
+                      yaxis=dict(autorange="reversed", scaleanchor="x", constrain="domain", constraintoward="top",
+                                 **hidden))
         titles["The example" if label is None else f"Labelled {names[label]}"] = (0, 1.03)
-    return go.Figure(traces, layout(400, titles, bargap=0.25, **parts))
+    foot = 100 if are_long(names) else 60
+    return go.Figure(traces, layout(340 + foot, titles, bargap=0.25, margin=dict(l=68, r=16, t=40, b=foot), **parts))
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #68adbdf8
+# %% ../../nbs/api/figures/01_temperature.ipynb #9299bcb1
 def lens_sentence(
     row,  # (C,) logits
     T:float=4.0,
@@ -132,9 +141,10 @@ def lens_sentence(
     first, second = now["order"][:2]
     said = "" if label is None or label == first else f" (the label is {names[label]})"
     return (f"At T = {T:.4g} the teacher gives {names[first]} a probability of {_digits(now['p'][first])}{said}, then "
-            f"{names[second]} with {_digits(now['p'][second])}; entropy {now['entropy']:.2f} nats of at most {now['most']:.2f}.")
+            f"{names[second]} with {_digits(now['p'][second])}; entropy {now['entropy']:.2f} nats of at most "
+            f"{now['most']:.2f}.")
 
-
+# %% ../../nbs/api/figures/01_temperature.ipynb #37fd4713
 def _digits(p):
     "Two decimals; a small probability keeps two digits, and what is below 1 is never said to be 1."
     return "over 0.99" if 0.995 <= p < 1 else f"{p:.2f}" if p >= 0.01 else f"{p:.2g}"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KDFigure', 'shared_bundle', 'show', 'on_points', 'Panel', 'refresh', 'write_view', 'KDWidget']
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #3039ff41
+# %% ../../nbs/api/widgets/00_kit.ipynb #173f0ccb
 import itertools
-from functools import cache
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,9 +38,8 @@ def shared_bundle() -> _Bundle:
         _bundle = _Bundle(source=path.read_text(encoding="utf-8"), version=version("plotly"))
     return _bundle
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #06f812aa
-_LOADER = """
-const QUIET = new Set(["_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"]);
+# %% ../../nbs/api/widgets/00_kit.ipynb #7a540119
+_FETCH_JS = """
 async function load(model) {
   const ref = model.get("_bundle"), id = String(ref?.model_id ?? ref).replace("IPY_MODEL_", "");
   const bundle = await model.widget_manager.get_model(id);
@@ -50,12 +49,21 @@ async function load(model) {
     try { return await import(url); } finally { URL.revokeObjectURL(url); }
   })());
 }
+"""
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #40b2524a
+_QUIET_JS = """
+const QUIET = new Set(["_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"]);
 function quiet(model) {
   const hover = (k, v) => k === "_js2py_pointsCallback" && /hover/.test(v?.event_type ?? "");
   const set = (k, v) => { if (!QUIET.has(k) && !hover(k, v)) model.set(k, v); };
   return { get: (k) => model.get(k), set, on: (k, f) => model.on(k, f), off: (k, f) => model.off(k, f),
            save_changes: () => model.save_changes(), widget_manager: model.widget_manager };
 }
+"""
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #a7fc9804
+_LOADER = _FETCH_JS + _QUIET_JS + """
 export default () => {
   let part;
   return {
@@ -76,7 +84,7 @@ export default () => {
 };
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #66b630a2
+# %% ../../nbs/api/widgets/00_kit.ipynb #af61d49c
 class _SharedFigure(go.FigureWidget):
     "A plotly `FigureWidget` that shares the bundle and whose state is always that of the live figure."
     _esm = _LOADER
@@ -98,17 +106,17 @@ class _SharedFigure(go.FigureWidget):
         "The synced state; a whole state holds the present traces and keeps its defaults, which embedding needs."
         state = super().get_state(key, drop_defaults=False)
         if key is None and self._born:
-            now = self.to_plotly_json()
+            now = json.loads(self.to_json(remove_uids=False))  # plain lists: objects of plotly may sit in the layout
             state.update(_widget_data=now["data"], _widget_layout=now["layout"])
         return state
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #7b15dbaa
-@cache
+# %% ../../nbs/api/widgets/00_kit.ipynb #f9c45554
 def _can_share() -> bool:
     "Are the private names that `_SharedFigure` leans on still there?"
     base = plotly.basewidget.BaseFigureWidget
     bundle = Path(plotly.basewidget.__file__).parent / "package_data" / "widgetbundle.js"
-    return all(hasattr(base, name) for name in ("_widget_data", "_widget_layout", "_config", "_esm")) and bundle.exists()
+    names = ("_widget_data", "_widget_layout", "_config", "_esm", "_js2py_pointsCallback", "_js2py_relayout")
+    return all(hasattr(base, name) for name in names) and bundle.exists()
 
 
 KDFigure = _SharedFigure if _can_share() else go.FigureWidget
@@ -133,30 +141,45 @@ def show(
         for path, value in frame.items():
             live.layout[path] = value
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #bebb4711
+# %% ../../nbs/api/widgets/00_kit.ipynb #26e9e220
 def on_points(
     live:go.FigureWidget,
-    react,  # called with "click", "selected" or "deselect", and a list of (trace, point) numbers
+    react,  # called with "click" or "selected", and a list of (trace, point) numbers, empty for a box over nothing
 ) -> None:
     "Call `react` once for each click or selection in the figure."
     def listen(change):
         event = change["new"]
-        if event:
-            points = event["points"]
-            react(event["event_type"].removeprefix("plotly_"), list(zip(points["trace_indexes"], points["point_indexes"])))
-    live.observe(listen, "_js2py_pointsCallback")
+        if event and (event["event_type"] == "plotly_click" or event.get("selector")):  # no selector: an outline went
+            points = zip(event["points"]["trace_indexes"], event["points"]["point_indexes"])
+            react(event["event_type"].removeprefix("plotly_"), list(points))
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #e3cddaca
-_PANEL_JS = figures.CONTROL_JS + """
-function render({ model, el }) {
+    def clear(change):
+        if (change["new"] or {}).get("relayout_data", {}).get("selections"):
+            live.plotly_relayout({"selections": None})
+
+    live.observe(listen, "_js2py_pointsCallback")
+    live.observe(clear, "_js2py_relayout")
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #9f9ad543
+_PARTS_JS = """
+function parts(model) {
   const make = (tag, cls) => Object.assign(document.createElement(tag), { className: cls });
-  const box = make("section", "kd-panel"), title = make("h3", ""), row = make("div", "kd-controls");
+  const box = make("section", "kd-panel"), title = make("p", "kd-title"), row = make("div", "kd-controls");
   const text = make("p", "kd-text"), error = make("p", "kd-error"), reset = make("button", "kd-reset");
   text.setAttribute("aria-live", "polite");
   error.setAttribute("role", "alert");
-  reset.type = "button"; reset.dataset.lmSuppressShortcuts = "true";
-  reset.textContent = "Reset";
+  Object.assign(reset, { type: "button", textContent: "Reset" });
+  reset.dataset.lmSuppressShortcuts = "true";
   reset.addEventListener("click", () => model.send({ type: "reset" }));
+  box.append(title, row, text, error);
+  return { box, title, row, text, error, reset };
+}
+"""
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #6ea145a0
+_PANEL_JS = figures.CONTROL_JS + _PARTS_JS + """
+function render({ model, el }) {
+  const { box, title, row, text, error, reset } = parts(model);
   let show = {};
   const changed = (name, value) => {
     model.set("values", { ...model.get("values"), [name]: value });
@@ -182,7 +205,6 @@ function render({ model, el }) {
   model.on("change:controls", controls);
   model.on("change:values", values);
   for (const name of ["text", "error", "title"]) model.on(`change:${name}`, words);
-  box.append(title, row, text, error);
   el.append(box);
 }
 export default { render };
@@ -231,7 +253,7 @@ def _page_controls(view, names):
             c["texts"] = [f"{v:.4g}" for v in c["values"]]
     return kept
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #0f6c8fae
+# %% ../../nbs/api/widgets/00_kit.ipynb #f390e3ad
 def write_view(
     view,  # a `KDWidget`
     path,  # the file to write
@@ -248,10 +270,11 @@ def write_view(
         here = state | {c["name"]: c["values"][i] for c, i in zip(kept, at)}
         states[",".join(map(str, at))] = view.draw(**here), view.sentence(**here)
     values = {c["name"]: state[c["name"]] for c in kept}
-    html = figures.page(view.draw(**state), view.title, view.sentence(**state), view.caption, kept, values, states, bundle)
+    html = figures.page(view.draw(**state), view.title, view.sentence(**state), view.caption, kept, values, states,
+                        bundle)
     return figures.write_page(path, html)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #54ff13c8
+# %% ../../nbs/api/widgets/00_kit.ipynb #95525886
 class _State(ipywidgets.VBox):
     "The state of a view: its traits tagged `kd=True`, and one refresh whenever some of them change."
     _silent = True
@@ -263,8 +286,8 @@ class _State(ipywidgets.VBox):
     def assign(self, **state) -> None:
         "Set several values of the state, with one update of the picture."
         now = self.state()
-        if set(state) - set(now):
-            raise ValueError(f"{type(self).__name__} has no {sorted(set(state) - set(now))}; its state is {sorted(now)}")
+        if unknown := sorted(set(state) - set(now)):
+            raise ValueError(f"{type(self).__name__} has no {unknown}; its state is {sorted(now)}")
         if state == {name: now[name] for name in state}:
             return
         quiet, self._silent = self._silent, True
@@ -289,12 +312,22 @@ class _State(ipywidgets.VBox):
             self._silent = False
             refresh(self)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #1b04e8eb
+# %% ../../nbs/api/widgets/00_kit.ipynb #da9fdb77
+def _check_hide(hide, controls):
+    "The set of what is hidden, if all of it exists."
+    known = {c["name"] for c in controls} | {"reset", "title"}
+    if set(hide) - known:
+        raise ValueError(f"hide may hold {sorted(known)}, got {list(hide)}")
+    return set(hide)
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #907ebd9b
 class KDWidget(_State):
     "Base of kdlab's live views: a panel with controls above a figure."
     title = ""
     caption = ""  # what to look for; stands below the exported page
     page_controls = ()  # the controls that `to_html` keeps
+
+    _controls = ()
 
     def __init__(self, hide=(), **state):
         self.panel, self.fig = Panel(), KDFigure()
@@ -302,10 +335,7 @@ class KDWidget(_State):
         self.add_class("kd-widget")
         self.assign(**state)
         self._start = self.state()
-        known = {c["name"] for c in self.controls(**self._start)} | {"reset", "title"}
-        if set(hide) - known:
-            raise ValueError(f"hide may hold {sorted(known)}, got {list(hide)}")
-        self.hidden = set(hide)
+        self.hidden = _check_hide(hide, self.controls(**self._start))
         self.panel.title = "" if "title" in hide else self.title
         self.panel.can_reset = "reset" not in hide
         self._silent = False
@@ -320,6 +350,10 @@ class KDWidget(_State):
         new = cls(*args, **kwargs)
         new.assign(**state)
         return new
+
+    def controls(self, **state) -> list[dict]:
+        "The controls; a view overrides it where they depend on its state."
+        return list(self._controls)
 
     def to_html(self, path, controls=None, bundle:str="inline") -> Path:
         "Write the view to a page that needs no kernel and no network; see `write_view`."

@@ -28,7 +28,7 @@ entropy = (p * -np.log(np.where(p > 0, p, 1))).sum()  # in nats, at most np.log(
 top1, top3 = p[order[:1]].sum(), p[order[:3]].sum()
 """
 
-# %% ../../nbs/api/widgets/01_temperature.ipynb #4b36b8d7
+# %% ../../nbs/api/widgets/01_temperature.ipynb #01202cfe
 class TemperatureLens(KDWidget):
     "A teacher's softened probabilities of one example, with entropy and top-k mass against the temperature."
     title = "Temperature lens"
@@ -52,11 +52,8 @@ class TemperatureLens(KDWidget):
         said = [f"{i}" + ("" if labels is None else f" ({self.names[self.labels[i]]})") for i in range(n)]
         self._controls = [
             figures.slider("T", "Temperature T", T_STEPS), figures.slider("example", "Example", range(n), said),
-            figures.toggle("log_axis", "Logarithmic probability")]
+            figures.toggle("log_axis", "Log axis")]
         super().__init__(hide, T=T)
-
-    def controls(self, **state):
-        return self._controls
 
     def draw(self, T, example, log_axis):
         i = figures.check_index(example, len(self.logits), "example")

@@ -1,0 +1,37 @@
+// The kernels for x86 CPUs with AVX-512. The target holds from the pragma to the end of this file, and for all that is
+// instantiated in it; the standard headers come before, so that their code stays fit for every CPU.
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "rows.h"
+#include "denormals.h"
+
+#ifdef KDLAB_X86_KERNELS
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wuninitialized"        // from GCC 12's own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#define KDLAB_ISA avx512
+namespace kdlab {
+#include "simd_avx512.h"
+#include "math.h"
+#include "softened.h"
+#include "wide_rows.h"
+#include "narrow_rows.h"
+#include "soft_kl.h"
+#include "scale.h"
+
+const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale};
+}  // namespace kdlab
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

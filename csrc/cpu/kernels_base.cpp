@@ -1,0 +1,20 @@
+// The kernels in portable C++.
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "rows.h"
+#include "denormals.h"
+
+#define KDLAB_ISA base
+namespace kdlab {
+#include "simd_base.h"
+#include "math.h"
+#include "softened.h"
+#include "wide_rows.h"
+#include "narrow_rows.h"
+#include "soft_kl.h"
+#include "scale.h"
+
+const Kernels kernels_base = {"base", base::soft_kl, base::scale};
+}  // namespace kdlab

@@ -1,0 +1,150 @@
+// Soft KL and cross-entropy of rows with few classes: lanes are rows, so nothing is summed across lanes. Everything
+// stays in the first-level cache, and the close form serves every row. Included once per instruction set.
+namespace KDLAB_ISA {
+
+constexpr int64_t widest_narrow = 40;
+
+// A sum in each lane, in two steps of few terms, which rounds less than one long sum.
+template <class V>
+class LaneSum {
+    V sum = V{}, part = V{};
+    int terms = 0;
+public:
+    void add(V x) {
+        part = part + x;
+        if (++terms % 8) return;
+        sum = sum + part;
+        part = V{};
+    }
+    V total() const { return sum + part; }
+};
+
+template <bool kKL, bool kCE, class E>
+class NarrowRows {
+    typedef VecOf<E> V;
+    typedef Real<V> R;
+    static constexpr int L = lanes<V>;
+
+    const Job& job;
+    const int cols;
+    const Temperature<V> temperature, one{1.0};
+    R *s, *t, *es, *et, *h;                                 // [cols][lanes]
+
+    // Up to L rows from r on, columns first. Lanes beyond n repeat the last row.
+    void transpose(const void* matrix, int64_t stride, int64_t r, int n, R* out) const {
+        for (int lane = 0; lane < L; ++lane) {
+            const E* row = static_cast<const E*>(matrix) + (r + (lane < n ? lane : n - 1)) * stride;
+            for (int c = 0; c < cols; ++c) out[c * L + lane] = to_real(row[c]);
+        }
+    }
+
+    V maximum(const R* x) const {
+        V m = load(x);
+        for (int c = 1; c < cols; ++c) m = max(m, load(x + c * L));
+        return m;
+    }
+
+    // KL of each lane; leaves p_s - p_t in es.
+    V divergence(V max_s, V max_t) const {
+        const V low = all<V>(-INFINITY);
+        LaneSum<V> sum_s, sum_t, mass, kl;
+        V excludes_more = V{};
+        for (int i = 0; i < cols * L; i += L) {
+            V a = load(s + i), b = load(t + i);
+            V e = softened_exp(a - max_s, temperature), f = softened_exp(b - max_t, temperature);
+            store(es + i, e);
+            store(et + i, f);
+            sum_s.add(e);
+            sum_t.add(f);
+            V is_low = a > low ? V{} : all<V>(1);
+            excludes_more = b > low ? max(excludes_more, is_low) : excludes_more;
+        }
+        const V zs = sum_s.total(), zt = sum_t.total();
+        const Difference<V> c(max_s, max_t);
+        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, V{}};
+        for (int i = 0; i < cols * L; i += L)
+            mass.add(close_mass(load(s + i), load(t + i), load(es + i), load(et + i), k));
+        const V m = mass.total();
+        k.lambda = abs(m) < R(0.5) ? log1p_of(m) : log_of(zs * k.pt);
+        for (int i = 0; i < cols * L; i += L) {
+            CloseTerms<V> terms = close_terms(load(s + i), load(t + i), load(es + i), load(et + i), k);
+            kl.add(terms.value);
+            store(es + i, terms.gradient);
+        }
+        V spoiled = zs + zt;                                // NaN then
+        return excludes_more > all<V>(0) && spoiled == spoiled ? all<V>(INFINITY) : kl.total();
+    }
+
+    // CE of each lane; leaves h / Z_h - [class = y] in h.
+    V hard_label(V max_s, V y) const {
+        LaneSum<V> sum;
+        V hy = V{}, ay = V{};
+        for (int c = 0; c < cols; ++c) {
+            V a = load(s + c * L) - max_s, e = softened_exp(a, one);
+            auto is_label = y == all<V>(R(c));
+            store(h + c * L, e);
+            sum.add(is_label ? V{} : e);
+            hy = is_label ? e : hy;
+            ay = is_label ? a : ay;
+        }
+        const V others = sum.total(), zh = others + hy, inverse = R(1) / zh;
+        for (int c = 0; c < cols; ++c) {
+            auto is_label = y == all<V>(R(c));
+            store(h + c * L, (is_label ? -others : load(h + c * L)) * inverse);
+        }
+        V confident = log1p_of(others / hy), unsure = log_of(zh) - ay;
+        return hy > others ? confident : unsure;
+    }
+
+public:
+    NarrowRows(const Job& j, void* memory) : job(j), cols(static_cast<int>(j.cols)), temperature(j.T) {
+        R* m = static_cast<R*>(memory);
+        R** parts[] = {&s, &t, &es, &et, &h};
+        for (int i = 0; i < 5; ++i) *parts[i] = m + i * cols * L;
+    }
+
+    void run(int64_t begin, int64_t end) const {
+        for (int64_t r = begin; r < end; r += L) block(r, end - r < L ? static_cast<int>(end - r) : L);
+    }
+
+private:
+    void block(int64_t r, int n) const {
+        R y[L] = {}, scale_kl[L] = {}, scale_ce[L] = {};
+        double scale = job.kl_weight * job.kl_factor / job.T;
+        bool counts[L];
+        for (int lane = 0; lane < n; ++lane) {
+            counts[lane] = job.counts(r + lane);
+            double g = counts[lane] ? job.grad_scale(r + lane) : 0;
+            scale_kl[lane] = R(g * scale);
+            scale_ce[lane] = R(g * job.ce_weight);
+            if (kCE) y[lane] = R(counts[lane] ? job.target[r + lane] : 0);
+        }
+        transpose(job.student, job.student_stride, r, n, s);
+        V max_s = maximum(s), kl = V{}, ce = V{};
+        if (kKL) {
+            transpose(job.teacher, job.teacher_stride, r, n, t);
+            kl = divergence(max_s, maximum(t));
+        }
+        if (kCE) ce = hard_label(max_s, load(y));
+
+        R kl_of[L], ce_of[L];
+        store(kl_of, kl);
+        store(ce_of, ce);
+        for (int lane = 0; lane < n; ++lane) {
+            if (counts[lane]) job.write_row(r + lane, kl_of[lane], ce_of[lane]);
+            else job.write_empty_row(r + lane);
+        }
+        if (!job.grad) return;
+        for (int i = 0; i < cols * L; i += L) {
+            V g = kKL ? load(es + i) * load(scale_kl) : load(h + i) * load(scale_ce);
+            if (kKL && kCE) g = fma(load(h + i), load(scale_ce), g);
+            store(s + i, g);
+        }
+        for (int lane = 0; lane < n; ++lane) {
+            E* grad = static_cast<E*>(job.grad) + (r + lane) * cols;
+            for (int c = 0; c < cols; ++c) from_real(counts[lane] ? s[c * L + lane] : R(0), grad + c);
+        }
+    }
+};
+
+}  // namespace KDLAB_ISA

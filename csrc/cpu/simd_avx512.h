@@ -1,0 +1,70 @@
+// Vectors of the AVX-512 kernels: 16 floats or 8 doubles. The names are explained in simd_base.h.
+namespace KDLAB_ISA {
+
+typedef __m512 F32;
+typedef __m512d F64;
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef int64_t I64 __attribute__((vector_size(64)));
+inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+inline F64 to_float(I64 x) { return __builtin_convertvector(x, F64); }
+
+inline F32 splat(F32, float x) { return _mm512_set1_ps(x); }
+inline F64 splat(F64, double x) { return _mm512_set1_pd(x); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F64 fma(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F64 max(F64 a, F64 b) { return _mm512_max_pd(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+inline F64 min(F64 a, F64 b) { return _mm512_min_pd(a, b); }
+inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
+inline F64 abs(F64 a) { return _mm512_abs_pd(a); }
+inline F64 low_half(F32 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+inline F64 high_half(F32 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+inline double sum_of(F64 x) { return _mm512_reduce_add_pd(x); }
+inline float max_of(F32 x) { return _mm512_reduce_max_ps(x); }
+inline double max_of(F64 x) { return _mm512_reduce_max_pd(x); }
+inline F32 power_of_2(F32 x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
+inline F64 power_of_2(F64 x) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52)); }
+
+inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline F64 load(const double* p) { return _mm512_loadu_pd(p); }
+inline F32 widen(__m256i x, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline F32 widen(__m256i x, f16) { return _mm512_cvtph_ps(x); }
+inline F32 load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), bf16()); }
+inline F32 load(const f16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), f16()); }
+
+// To the nearest, ties to even; NaN stays NaN.
+inline __m256i narrow(F32 v, bf16) {
+    __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+inline __m256i narrow(F32 v, f16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+inline void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+inline void store(double* p, F64 v) { _mm512_storeu_pd(p, v); }
+template <class E>
+inline void store(E* p, F32 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, E())); }
+
+inline F32 load_part(const float* p, int n, F32 fill) { return _mm512_mask_loadu_ps(fill, (1u << n) - 1, p); }
+inline F64 load_part(const double* p, int n, F64 fill) { return _mm512_mask_loadu_pd(fill, (1u << n) - 1, p); }
+template <class E>
+inline F32 load_part(const E* p, int n, F32 fill) {
+    __mmask16 mask = (1u << n) - 1;
+    return _mm512_mask_blend_ps(mask, fill, widen(_mm256_maskz_loadu_epi16(mask, p), E()));
+}
+inline void store_part(float* p, int n, F32 v) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
+inline void store_part(double* p, int n, F64 v) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+template <class E>
+inline void store_part(E* p, int n, F32 v) { _mm256_mask_storeu_epi16(p, (1u << n) - 1, narrow(v, E())); }
+
+inline void stream(float* p, F32 v) { _mm512_stream_ps(p, v); }
+inline void stream(double* p, F64 v) { _mm512_stream_pd(p, v); }
+template <class E>
+inline void stream(E* p, F32 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, E())); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + prefetch_ahead, _MM_HINT_T0); }
+inline void stream_end() { _mm_sfence(); }
+
+}  // namespace KDLAB_ISA
