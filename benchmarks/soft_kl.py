@@ -109,7 +109,8 @@ def main():
     print(", ".join(f"{k} {v}" for k, v in where.items()))
     for threads in args.threads:
         key = "median_us" if threads == 1 else "best_us"
-        print(f"\n{threads} thread(s), {args.dtype}, {'CPU time, median (p10)' if threads == 1 else 'wall time, best'} in us")
+        what = "CPU time, median (p10)" if threads == 1 else "wall time, best"
+        print(f"\n{threads} thread(s), {args.dtype}, {what}, in us")
         for shape in SHAPES:
             seconds = 0.5 if args.quick else 4
             result = summary(measure(shape, DTYPES[args.dtype], threads, seconds, not args.no_compile))

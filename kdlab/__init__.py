@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #d56b3de9
+# %% ../nbs/api/00_kdlab.ipynb #0fdb9393
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -22,6 +22,7 @@ _HOMES = {
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.experiments": "Comparison",
 }
 
 # %% ../nbs/api/00_kdlab.ipynb #691c5f9b

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXERCISES', 'Wrong', 'want', 'ask', 'Feedback', 'Exercise', 'check']
 
-# %% ../nbs/api/14_classroom.ipynb #de2f3107
+# %% ../nbs/api/14_classroom.ipynb #e5541210
 import difflib
 import math
 import traceback
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from html import escape
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import forward_kl
@@ -57,7 +56,7 @@ def _own_error(error: Exception, answer: Callable) -> str:
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file and frame.line]
     return told + (f", in line {own[-1].lineno} of your cell: {own[-1].line}" if own else "")
 
-# %% ../nbs/api/14_classroom.ipynb #2f989561
+# %% ../nbs/api/14_classroom.ipynb #6d6b3cca
 @dataclass(frozen=True)
 class Feedback:
     "What `check` found; the last value of a cell shows it."
@@ -74,11 +73,13 @@ class Feedback:
     def __repr__(self):
         lines = [f"ok    {text}" for text in self.held]
         if self.failed:
-            lines += [f"no    {self.failed}: {self.why}", f"Hints, from vague to plain: .hint(1) to .hint({len(self.hints)})"]
+            lines.append(f"no    {self.failed}: {self.why}")
+            lines.append(f"Hints, from vague to plain: .hint(1) to .hint({len(self.hints)})")
         return "\n".join([self._summary(), *lines])
 
     def _summary(self) -> str:
-        return f"{self.name}: {'solved' if self.passed else 'not solved yet'}, {len(self.held)} of {self.checks} checks hold"
+        state = "solved" if self.passed else "not solved yet"
+        return f"{self.name}: {state}, {len(self.held)} of {self.checks} checks hold"
 
     def hint(self, number: int = 1) -> str:
         "One hint; the first says least."
@@ -130,7 +131,7 @@ def check(
         held.append(test.__doc__)
     return Feedback(name, tuple(held), "", "", len(held), exercise.hints)
 
-# %% ../nbs/api/14_classroom.ipynb #4c1100bb
+# %% ../nbs/api/14_classroom.ipynb #6a96c97e
 def _logits(rows: int = 5, classes: int = 3, seed: int = 0) -> Tensor:
     "Logits as a net might give them; as many rows as classes would hide a wrong dimension."
     return 3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))
@@ -151,7 +152,8 @@ def _rows_sum_to_one(soften):
 def _plain_at_one(soften):
     "at T = 1 it is the plain softmax"
     z = _logits()
-    want(_near(ask(soften, z.clone(), 1.0, shape=(5, 3)), z.softmax(-1)), "the probabilities differ from those of the softmax")
+    p = ask(soften, z.clone(), 1.0, shape=(5, 3))
+    want(_near(p, z.softmax(-1)), "the probabilities differ from those of the softmax")
 
 # %% ../nbs/api/14_classroom.ipynb #e1816049
 def _softer(soften):
@@ -180,11 +182,12 @@ def _input_kept(soften):
     ask(soften, z, 2.0, shape=(5, 3))
     want(torch.equal(z, _logits()), "after the call the logits that it was given are others")
 
-# %% ../nbs/api/14_classroom.ipynb #fd836ee5
+# %% ../nbs/api/14_classroom.ipynb #1a716414
 EXERCISES["soften"] = Exercise(
     (_rows_sum_to_one, _plain_at_one, _softer, _odds, _large_logits, _input_kept),
     ("The temperature acts on the logits, before anything else happens to them.",
-     "Which two steps did the lesson take to go from logits to probabilities at T = 2? The second of them is a method of a tensor.",
+     "Which two steps did the lesson take to go from logits to probabilities at T = 2? The second of them is a method "
+     "of a tensor.",
      "Divide into a new tensor, then take tensor.softmax over the dimension of the classes, the last one."))
 
 # %% ../nbs/api/14_classroom.ipynb #1feb32f9
@@ -198,13 +201,14 @@ def _never_negative(loss):
     values = [ask(loss, *_pair(seed), 2.0, shape=()).item() for seed in range(4)]
     want(min(values) > 0, f"it came out as {min(values):.3f}: is a probability standing where its logarithm should be?")
 
-# %% ../nbs/api/14_classroom.ipynb #ed7caf04
+# %% ../nbs/api/14_classroom.ipynb #dabb4a52
 def _by_hand(loss):
     "it gives ln 1.25 on the numbers that the lesson did by hand"
     zt, zs = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.8, 0.1, 0.1]]).log()
     value, right = ask(loss, zs, zt, 1.0, shape=()), math.log(1.25)
     want(not _near(value, 0.192745), "your value is that of KL(student ‖ teacher): the two have changed places")
-    want(not _near(value, right / 3), "it is three times too small, and there are three classes: what do you average over?")
+    want(not _near(value, right / 3),
+         "it is three times too small, and there are three classes: what do you average over?")
     want(_near(value, right), f"it is {value:.4f} instead of {right:.4f}")
 
 
@@ -246,7 +250,7 @@ def _gradient_keeps_its_size(loss):
     ratio = (_gradient(loss, 40.0).norm() / _gradient(loss, 20.0).norm()).item()
     want(0.8 < ratio < 1.25, f"from T = 20 to T = 40 it became {ratio:.2f} times as large")
 
-# %% ../nbs/api/14_classroom.ipynb #94041724
+# %% ../nbs/api/14_classroom.ipynb #c1c64b1b
 def _agrees(loss):
     "it agrees with kd.functional.forward_kl"
     zs, zt = _pair()
@@ -258,13 +262,14 @@ def _agrees(loss):
 def _large_finite(loss):
     "it stays finite when the student is very sure and wrong"
     value = ask(loss, torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 1.0, shape=())
-    want(value.isfinite().item(), "for student logits 1000 and 0 it is infinite: take the logarithm and the softmax in one step")
+    want(value.isfinite().item(),
+         "for student logits 1000 and 0 it is infinite: take the logarithm and the softmax in one step")
 
 
 EXERCISES["soft_loss"] = Exercise(
     (_never_negative, _by_hand, _rows_average, _both_softened, _gradient_keeps_its_size, _agrees, _large_finite),
-    ("Go back to the sum that the lesson wrote for three classes. Everything in it is a probability of the teacher or a "
-     "logarithm of one of the two.",
+    ("Go back to the sum that the lesson wrote for three classes. Everything in it is a probability of the teacher or "
+     "a logarithm of one of the two.",
      "A tensor has the method log_softmax. Sum over the classes first, then take the mean over the rows.",
      "With log_pt and log_ps of shape (rows, classes), both at temperature T: the sum over the classes of "
      "log_pt.exp() * (log_pt - log_ps), its mean, and the factor that keeps the gradient's size."))

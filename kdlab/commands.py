@@ -159,7 +159,7 @@ def _results(settings:dict, seeds:list[dict], runs:dict, data:dict)->dict:
             "difference": difference, "saw": saw, "versions": _versions(),
             "parameters": {arm: count_parameters(run.student) for arm, run in runs.items()}}
 
-# %% ../nbs/api/12_commands.ipynb #5249f138
+# %% ../nbs/api/12_commands.ipynb #daf8d04a
 def _experiment(out:Path, settings:dict, given:dict)->dict:
     "Train what is not trained yet, write results and report; the results."
     from tqdm import tqdm
@@ -177,14 +177,14 @@ def _experiment(out:Path, settings:dict, given:dict)->dict:
             measures, arrays = _measure(runs, data)
             seeds, first = [*seeds, measures], first or arrays
             bar.write(f"seed {seed}: " + ", ".join(f"{arm} {m['accuracy']:.1f}%" for arm, m in measures.items()))
-    words = [f"--{name}={value}" for name, value in given.items()]
+    words = [word for name, value in (given | {"out": out}).items() for word in (f"--{name}", str(value))]
     results = _results(settings, seeds, runs, data)
-    results |= {"given": given, "command": shlex.join(["kdlab", "distill", *words, f"--out={out}"])}
+    results |= {"given": given, "command": shlex.join(["kdlab", "distill", *words])}
     _write(out / "report.html", experiment_page(results, first))
     _write(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
-# %% ../nbs/api/12_commands.ipynb #178a3642
+# %% ../nbs/api/12_commands.ipynb #96355306
 def distill(
     task:str="digits-few", # what to learn: {tasks}
     teacher:str="auto", # the teacher's net: {nets}; auto takes teacher_cnn for pictures, teacher_mlp for points
@@ -201,7 +201,7 @@ def distill(
     of each digit). The same command again continues where it was stopped, or shows the finished table.
 
     kdlab distill
-    kdlab distill --task moons --seeds 10 --out runs/moons
+    kdlab distill --task digits-no-3 --alpha 0 -T 8 --out runs/no-3
     kdlab distill --task digits --student tiny_mlp --out runs/tiny"""
     from kdlab.reports import table
     if seeds < 1: raise ValueError(f"seeds must be >= 1, got {seeds}")

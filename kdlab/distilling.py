@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from .losses import CrossEntropy, Loss, Objective, SoftKL
 
-# %% ../nbs/api/04_distilling.ipynb #c209f672
+# %% ../nbs/api/04_distilling.ipynb #17af2781
 class frozen:
     "Call a model in eval mode and without gradients; its own mode comes back afterwards."
     def __init__(self,
@@ -39,6 +39,7 @@ class frozen:
 
     def __repr__(self): return f"frozen({type(self.model).__name__})"
 
+# %% ../nbs/api/04_distilling.ipynb #531a4116
 def fingerprint(
     model:nn.Module, # any module
 )->str: # hexadecimal digest
@@ -49,7 +50,7 @@ def fingerprint(
         if isinstance(x, Tensor): digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/api/04_distilling.ipynb #97e89d4b
+# %% ../nbs/api/04_distilling.ipynb #89de6e46
 def _seed_epoch(seed:int, epoch:int, loader)->None:
     "All random states of one epoch, from two numbers."
     number = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=7).digest(), "big")
@@ -60,6 +61,7 @@ def _seed_epoch(seed:int, epoch:int, loader)->None:
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator): generator.manual_seed(number)
 
+# %% ../nbs/api/04_distilling.ipynb #443d0ebf
 @contextlib.contextmanager
 def _own_chance():
     "Give the caller's random states back."
@@ -81,7 +83,7 @@ def _split(batch)->tuple[Tensor, Tensor|None]:
     if y is not None and y.dim() == 1 and bool((y == -100).all()): y = None
     return x, y
 
-# %% ../nbs/api/04_distilling.ipynb #80272f66
+# %% ../nbs/api/04_distilling.ipynb #861a00c7
 def predict(
     model:nn.Module, # any module that returns logits
     loader:Iterable, # batches: x, (x,) or (x, y, ...)
@@ -98,11 +100,12 @@ def predict(
     if not logits: raise ValueError("the loader has no batches")
     return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
 
+# %% ../nbs/api/04_distilling.ipynb #14d3c2fb
 def _device(model:nn.Module)->torch.device:
     "Where a model's parameters (or buffers) are."
     return next((p.device for p in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
-# %% ../nbs/api/04_distilling.ipynb #b3ed91fd
+# %% ../nbs/api/04_distilling.ipynb #f0631193
 def _write(path:Path, write:Callable)->None:
     "Let `write(file)` fill a temporary file, then put it in place of `path` in one step."
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -116,6 +119,7 @@ def _write(path:Path, write:Callable)->None:
 
 _FORMAT = "kdlab run 1"
 
+# %% ../nbs/api/04_distilling.ipynb #8a6e72bf
 def _read(folder:Path)->dict:
     "The contents of a run folder, or an error that says what is wrong with it."
     path = folder / "run.pt"
@@ -128,7 +132,7 @@ def _read(folder:Path)->dict:
         raise ValueError(f"{path} is not a run of kdlab (expected the format {_FORMAT!r})")
     return state
 
-# %% ../nbs/api/04_distilling.ipynb #7aab269f
+# %% ../nbs/api/04_distilling.ipynb #d4987e24
 class Run:
     """What `kd.distill` returns. `status` is running, finished, stopped early, interrupted or failed.
 
@@ -173,11 +177,13 @@ class Run:
         if self.best: lines.append(f"  best     epoch {self.best['epoch']}: {self.best['monitor']} {self.best['value']:.4f}")
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
+# %% ../nbs/api/04_distilling.ipynb #f83d0019
 def _row(entry:dict)->str:
     "An epoch of the history as text."
-    return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
+    return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
+                     if k not in ("lr", "seconds"))
 
-# %% ../nbs/api/04_distilling.ipynb #7c7408c5
+# %% ../nbs/api/04_distilling.ipynb #91bb7db8
 def load(
     folder:str|Path, # where `run.save` or `kd.distill(out=...)` wrote
     student:nn.Module|None=None, # a model to fill; not needed for nets from `kd.nets`
@@ -198,6 +204,7 @@ def load(
     run.best, run.outputs, run._best_weights, run._loop = (state[k] for k in ("best", "outputs", "best_weights", "loop"))
     return run
 
+# %% ../nbs/api/04_distilling.ipynb #96d5e02c
 def _fill(model:nn.Module|None, state:dict)->nn.Module:
     "The saved weights in the given model, or in one built from the spec that kdlab's nets carry."
     if model is None:
@@ -211,7 +218,7 @@ def _fill(model:nn.Module|None, state:dict)->nn.Module:
     except RuntimeError as e: raise ValueError(f"student= does not fit the saved weights: {e}") from None
     return model.eval()
 
-# %% ../nbs/api/04_distilling.ipynb #9729e542
+# %% ../nbs/api/04_distilling.ipynb #e2eb8bfe
 def _as_objective(losses, teacher)->Objective:
     "A loss, a list of losses or nothing, as an objective; Hinton's when nothing is given."
     if losses is None: losses = CrossEntropy() if teacher is None else 0.1 * CrossEntropy() + 0.9 * SoftKL(T=4)
@@ -221,6 +228,7 @@ def _as_objective(losses, teacher)->Objective:
     if not terms: raise ValueError("losses= is empty; leave it out for 0.1·CrossEntropy + 0.9·SoftKL(T=4)")
     return 1.0 * sum(terms)
 
+# %% ../nbs/api/04_distilling.ipynb #7d7c2c7d
 def _loss(objective:Objective, student, teacher, y)->Tensor:
     "The objective on one batch; a sample without a label counts in the soft terms only."
     if y is not None and not (y.dim() == 1 and (y == -100).any()): return objective(student, teacher, y)
@@ -230,7 +238,7 @@ def _loss(objective:Objective, student, teacher, y)->Tensor:
     value = Objective(soft)(student, teacher)
     return value if y is None or not hard else value + Objective(hard)(student, None, y)
 
-# %% ../nbs/api/04_distilling.ipynb #a6028192
+# %% ../nbs/api/04_distilling.ipynb #0b8ad8cf
 class _Trainer:
     "What one run needs while it is running: models on their device, optimizer, scheduler, progress bar."
     def __init__(self, run:Run, train, valid, optimizer, scheduler, bar):
@@ -263,24 +271,25 @@ class _Trainer:
         if not count: raise ValueError("train has no batches: the data set is empty, or drop_last dropped all of it")
         return total / count
 
-    @torch.no_grad()
-    def evaluate(self)->tuple[dict, dict]: # measures, and the arrays behind them
-        "Loss, accuracy and agreement with the teacher on the valid set."
-        run, zs, zt, ys, xs, losses = self.run, [], [], [], [], []
-        run.student.eval()
-        for batch in self.valid:
-            x, y = _split(batch)
-            zs.append(self.student(x.to(self.device)))
-            zt.append(None if self.ask is None else self.ask(x.to(self.device)))
-            y = None if y is None else y.to(self.device)
-            if y is not None or self.ask is not None: losses.append((_loss(run.objective, zs[-1], zt[-1], y), len(x)))
-            ys.append(y)
-            xs.append(x)
-        if not zs: raise ValueError("valid has no batches; leave it out if there is nothing to validate on")
-        cat = lambda parts: None if any(p is None for p in parts) else torch.cat(parts).detach().cpu()
-        return _measures(losses, *(arrays := [cat(p) for p in (zs, zt, ys, xs)])), _outputs(*arrays)
+# %% ../nbs/api/04_distilling.ipynb #e958dde5
+@torch.no_grad()
+def _evaluate(trainer:_Trainer)->tuple[dict, dict]: # measures, and the arrays behind them
+    "Loss, accuracy and agreement with the teacher on the valid set."
+    run, zs, zt, ys, xs, losses = trainer.run, [], [], [], [], []
+    run.student.eval()
+    for batch in trainer.valid:
+        x, y = _split(batch)
+        zs.append(trainer.student(x.to(trainer.device)))
+        zt.append(None if trainer.ask is None else trainer.ask(x.to(trainer.device)))
+        y = None if y is None else y.to(trainer.device)
+        if y is not None or trainer.ask is not None: losses.append((_loss(run.objective, zs[-1], zt[-1], y), len(x)))
+        ys.append(y)
+        xs.append(x)
+    if not zs: raise ValueError("valid has no batches; leave it out if there is nothing to validate on")
+    arrays = [None if any(p is None for p in parts) else torch.cat(parts).cpu() for parts in (zs, zt, ys, xs)]
+    return _measures(losses, *arrays), _outputs(*arrays)
 
-# %% ../nbs/api/04_distilling.ipynb #633a3ff7
+# %% ../nbs/api/04_distilling.ipynb #cedac751
 def _measures(losses, zs, zt, y, x)->dict:
     "What the history keeps of an evaluation."
     total = sum(n for _, n in losses)
@@ -296,6 +305,7 @@ def _outputs(zs, zt, y, x, limit:int=2**22)->dict:
     keep = {"student": zs.float(), "teacher": None if zt is None else zt.float(), "labels": y, "inputs": x}
     return {k: v for k, v in keep.items() if v is not None and v.numel() * v.element_size() <= limit}
 
+# %% ../nbs/api/04_distilling.ipynb #e99ac305
 def _not_finite(value, epoch, step, zs, zt)->str:
     "What to say when the loss is no number."
     where = [name for name, z in (("student's logits", zs), ("teacher's logits", zt))
@@ -343,7 +353,7 @@ def distill(
         _train(_Trainer(run, train, valid, optimizer, scheduler, bar), None if out is None else Path(out), callbacks)
     return run
 
-# %% ../nbs/api/04_distilling.ipynb #092aae9f
+# %% ../nbs/api/04_distilling.ipynb #0c65a6ab
 def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
     "The epochs that are left, and a run in order however they end."
     run, plan = trainer.run, trainer.run.plan
@@ -365,6 +375,7 @@ def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
         run.student.eval()
         trainer.optimizer.zero_grad(set_to_none=True) # the last gradients are of no use to anyone
 
+# %% ../nbs/api/04_distilling.ipynb #5ef70604
 def _one_epoch(trainer:_Trainer, before:str|None)->None:
     "Train, measure, check the teacher, remember the best."
     run, epoch, start = trainer.run, trainer.run.epoch, time.perf_counter()
@@ -374,7 +385,7 @@ def _one_epoch(trainer:_Trainer, before:str|None)->None:
     lr = trainer.optimizer.param_groups[0]["lr"]
     entry = {"epoch": epoch + 1, "train_loss": trainer.epoch(epoch)}
     if trainer.valid is not None:
-        measures, run.outputs = trainer.evaluate()
+        measures, run.outputs = _evaluate(trainer)
         entry |= measures
     if before is not None and fingerprint(run.teacher) != before:
         raise RuntimeError(f"the teacher changed in epoch {epoch + 1}. It must stay as it is: does the student share "
@@ -383,9 +394,9 @@ def _one_epoch(trainer:_Trainer, before:str|None)->None:
     run._loop = {"optimizer": trainer.optimizer.state_dict(),
                  "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict()}
     _watch(run, entry)
-    trainer.bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if isinstance(v, float)})
+    trainer.bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("train_loss", "valid_accuracy")})
 
-# %% ../nbs/api/04_distilling.ipynb #dd265b09
+# %% ../nbs/api/04_distilling.ipynb #f2c66807
 def _watch(run:Run, entry:dict)->None:
     "Keep the best epoch, and stop when patience is over."
     monitor = next((m for m in ("valid_accuracy", "valid_loss") if m in entry), None)
@@ -397,12 +408,13 @@ def _watch(run:Run, entry:dict)->None:
         if patience is not None: run._best_weights = {k: v.detach().cpu().clone() for k, v in run.student.state_dict().items()}
     elif patience is not None and entry["epoch"] - run.best["epoch"] >= patience: run.status = "stopped early"
 
+# %% ../nbs/api/04_distilling.ipynb #97266fa8
 def _finish(trainer:_Trainer)->None:
     "The last things: best weights if patience was asked for, and what is worth a note."
     run = trainer.run
     if run._best_weights is not None:
         run.student.load_state_dict(run._best_weights)
-        _, run.outputs = trainer.evaluate()
+        _, run.outputs = _evaluate(trainer)
         run._best_weights = None
         run.notes.append(f"the student has the weights of epoch {run.best['epoch']}")
     hard = [loss for w, loss in run.objective.terms() if loss.role == "hard" and w != 0]
@@ -410,6 +422,7 @@ def _finish(trainer:_Trainer)->None:
         run.notes.append(f"{trainer.unlabelled} batches had samples without labels: CrossEntropy left those out")
     run._loop = {}
 
+# %% ../nbs/api/04_distilling.ipynb #4da820e1
 def _plan(student, teacher, objective, epochs, seed, patience)->dict:
     "What the run was asked to do, as plain values that can be saved and compared."
     name = lambda m: getattr(m, "spec", {}).get("net") or type(m).__name__
@@ -419,7 +432,7 @@ def _plan(student, teacher, objective, epochs, seed, patience)->dict:
             "teacher": about(teacher),
             "teacher_fingerprint": None if teacher is None else fingerprint(teacher)}
 
-# %% ../nbs/api/04_distilling.ipynb #c93800c1
+# %% ../nbs/api/04_distilling.ipynb #37ce53b8
 def _optimizer(choice, parameters, lr)->torch.optim.Optimizer:
     if isinstance(choice, torch.optim.Optimizer): return choice
     return torch.optim.Adam(parameters, lr=lr) if choice is None else choice(parameters)
@@ -431,6 +444,7 @@ def _scheduler(choice, optimizer, epochs, train):
     if choice is None or not hasattr(train, "__len__"): return None
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(train)))
 
+# %% ../nbs/api/04_distilling.ipynb #5a7aa20e
 def _open(run:Run, out:Path, resume:bool, optimizer, scheduler)->None:
     "Take up the run in `out`, or make sure that nothing is written over."
     if not (out / "run.pt").exists(): return
@@ -449,10 +463,12 @@ def _open(run:Run, out:Path, resume:bool, optimizer, scheduler)->None:
         optimizer.load_state_dict(state["loop"]["optimizer"])
         if scheduler is not None: scheduler.load_state_dict(state["loop"]["scheduler"])
 
+# %% ../nbs/api/04_distilling.ipynb #3fd04295
 def _bar(run:Run, train, progress:bool):
     "A progress bar over the batches that are left; it knows whether it is in a notebook."
     from tqdm.auto import tqdm
     steps = len(train) if hasattr(train, "__len__") else None
     what = "train" if run.teacher is None else "distil"
     total = None if steps is None else steps * run.plan["epochs"]
-    return tqdm(total=total, initial=(steps or 0) * run.epoch, desc=what, disable=not progress, unit="batch")
+    return tqdm(total=total, initial=(steps or 0) * run.epoch, desc=what, disable=not progress, unit="batch",
+                dynamic_ncols=True)

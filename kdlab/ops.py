@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from . import reference
 
-# %% ../nbs/api/02_ops.ipynb #5337f33e
+# %% ../nbs/api/02_ops.ipynb #6d9db428
 try:
     from kdlab import _C
     core_missing = None
@@ -29,6 +29,7 @@ def _after_fork():
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
 
+# %% ../nbs/api/02_ops.ipynb #78188e32
 def threads()->int: # threads a kernel may use
     "torch's own thread count; 1 in a forked child, where a parallel region can hang."
     return 1 if _forked else torch.get_num_threads()
@@ -46,7 +47,7 @@ class Question(NamedTuple):
     use_ce: bool = False # is there a hard term? (a weight may be a tensor, so 0 does not tell)
     use_kl: bool = True # is there a soft term?
 
-# %% ../nbs/api/02_ops.ipynb #ffd7dab4
+# %% ../nbs/api/02_ops.ipynb #15baeb68
 def _valid(target:Tensor|None, mask:Tensor|None, ignore_index:int)->Tensor|None:
     "Rows that count, or None when all do."
     if target is None: return mask
@@ -59,6 +60,7 @@ def _denominator(valid:Tensor|None, rows:Tensor, q:Question)->float|Tensor:
     if valid is None: return max(1, rows.numel())
     return valid.sum().clamp(min=1)
 
+# %% ../nbs/api/02_ops.ipynb #5b4429f9
 def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)->dict[str, Tensor]:
     "The unweighted terms, a value a row each."
     wide = torch.promote_types(student.dtype, torch.float32)
@@ -71,7 +73,7 @@ def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)-
     if q.use_ce: out["cross_entropy"] = reference.stable_cross_entropy(student, target)
     return out
 
-# %% ../nbs/api/02_ops.ipynb #52a2b90b
+# %% ../nbs/api/02_ops.ipynb #b5789da9
 def torch_rows(student, teacher, target, mask, q:Question)->tuple[dict[str, Tensor], Tensor|None]:
     "Terms by row in plain torch, 0 where a row does not count; and which rows count."
     valid = _valid(target, mask, q.ignore_index)
@@ -84,6 +86,7 @@ def torch_rows(student, teacher, target, mask, q:Question)->tuple[dict[str, Tens
     if valid is not None: terms = {k: v.masked_fill(~valid, 0) for k, v in terms.items()}
     return terms, valid
 
+# %% ../nbs/api/02_ops.ipynb #3ea5cf4b
 def torch_loss(student, teacher, target, mask, row_weight, q:Question)->Tensor:
     "The whole question in plain torch: differentiable as often as you like, in every argument."
     if student.device.type != "mps" and torch.is_autocast_enabled(student.device.type):
@@ -97,6 +100,7 @@ def torch_loss(student, teacher, target, mask, row_weight, q:Question)->Tensor:
     if q.reduction == "mean": rows = rows.sum() / _denominator(valid, rows, q)
     return rows.to(_loss_dtype(student, teacher))
 
+# %% ../nbs/api/02_ops.ipynb #adc63780
 def _loss_dtype(student:Tensor, teacher:Tensor|None)->torch.dtype:
     "float64 if either input is, float32 otherwise."
     double = student.dtype == torch.float64 or (teacher is not None and teacher.dtype == torch.float64)
@@ -171,12 +175,13 @@ def _first_bad_label(target:Tensor, valid:Tensor|None, cols:int)->int:
     if valid is not None: bad = bad & valid
     return int(bad.reshape(-1).int().argmax()) if bad.any() else -1
 
-# %% ../nbs/api/02_ops.ipynb #8eb835bc
+# %% ../nbs/api/02_ops.ipynb #0ac86d25
 def _as(grad:Tensor, like:Tensor)->Tensor:
     "The gradient in the dtype and memory format of the input."
     if grad.dtype == like.dtype and like.is_contiguous(): return grad
     return torch.empty_like(like).copy_(grad)
 
+# %% ../nbs/api/02_ops.ipynb #20c98195
 class _SoftKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, target, mask, row_weight, q):
@@ -204,6 +209,7 @@ class _SoftKL(torch.autograd.Function):
         else: grad = _as(_scale(grad, grad_out), ctx.like)
         return grad, None, None, None, None, None
 
+# %% ../nbs/api/02_ops.ipynb #fa30320d
 def _scale(grad:Tensor, factor:Tensor)->Tensor:
     "Multiply rows by their incoming gradient, in place; free when that is the number 1."
     cols = grad.shape[-1]
@@ -218,7 +224,7 @@ def _spoil_bad_labels(student:Tensor, target:Tensor, q:Question)->tuple[Tensor, 
     bad = (target != q.ignore_index) & ((target < 0) | (target >= student.shape[-1]))
     return student.masked_fill(bad.unsqueeze(-1), torch.nan), target.masked_fill(bad, 0)
 
-# %% ../nbs/api/02_ops.ipynb #8455c666
+# %% ../nbs/api/02_ops.ipynb #7ead840c
 @torch.library.custom_op("kdlab::soft_kl", mutates_args=(), device_types="cpu")
 def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None, row_weight:Tensor|None,
                T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None, t_squared:bool, ignore_index:int,
@@ -232,13 +238,14 @@ def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Ten
         _Call(student, teacher, target, mask, row_weight, q)(out=out, grad=grad)
     return out, student.new_empty(0) if grad is None else grad.to(student.dtype)
 
+# %% ../nbs/api/02_ops.ipynb #a8489f3c
 @soft_kl_op.register_fake
 def _(student, teacher, target, mask, row_weight, T, kl_weight, ce_weight, normalizer, t_squared, ignore_index,
       reduction, use_ce, use_kl, need_grad):
     out = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(student, teacher))
     return out, student.new_empty(student.shape if need_grad else 0)
 
-# %% ../nbs/api/02_ops.ipynb #b156957e
+# %% ../nbs/api/02_ops.ipynb #35c3b334
 @torch.library.custom_op("kdlab::soft_kl_backward", mutates_args=(), device_types="cpu")
 def soft_kl_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None,
                         row_weight:Tensor|None, T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None,
@@ -254,6 +261,7 @@ def soft_kl_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor|None, ta
 @soft_kl_backward_op.register_fake
 def _(grad_out, student, *args): return student.new_empty(student.shape)
 
+# %% ../nbs/api/02_ops.ipynb #659ef1b3
 def _setup(ctx, inputs, output):
     *ctx.args, need_grad = inputs
     tensors = [x for x in ctx.args if isinstance(x, Tensor)]
@@ -263,6 +271,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *(tensors if not ctx.stored else ()))
 
+# %% ../nbs/api/02_ops.ipynb #f14c2039
 def _backward(ctx, grad_out, _):
     grad, *tensors = ctx.saved_tensors
     if ctx.stored: grad = (grad * (grad_out.unsqueeze(-1) if grad_out.dim() else grad_out)).to(grad.dtype)
@@ -286,7 +295,7 @@ def _as_operator()->bool:
     "Must the call be visible as an operator (compile, export, fake tensors, dispatch modes)?"
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
-# %% ../nbs/api/02_ops.ipynb #e9075857
+# %% ../nbs/api/02_ops.ipynb #8d730d6f
 BACKENDS = "auto", "torch", "cpp", "cuda"
 
 def _needs_reference(student, teacher, row_weight, q)->str|None:
@@ -301,6 +310,7 @@ def _needs_reference(student, teacher, row_weight, q)->str|None:
     if _transforming(): return "a torch.func transform or a forward-mode derivative is active"
     return None
 
+# %% ../nbs/api/02_ops.ipynb #f9614dc4
 def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp" or "torch"
     "The backend that will answer."
     if backend == "torch": return "torch"

@@ -46,18 +46,19 @@ def differences(results:dict)->list[float]:
     "Accuracy of the distilled student minus that of the student alone, in points, one a seed."
     return [a - b for a, b in zip(scores(results, "distilled"), scores(results, "alone"))]
 
-# %% ../nbs/api/11_reports.ipynb #c569ea15
+# %% ../nbs/api/11_reports.ipynb #9a737e0e
 def verdict(
     results:dict, # as in `results.json`
 )->str:
     "What the experiment says about distillation."
     d = results["difference"]
     if d is None: return f"{differences(results)[0]:+.1f} points at one seed, which leaves chance open: no verdict"
-    what = {"wins": "distillation wins", "loses": "distillation loses"}.get(d["verdict"], d["verdict"])
+    few = " (fewer than 5 seeds say little)" if d["seeds"] < 5 else ""
+    what = {"wins": "distillation wins", "loses": "distillation loses"}.get(d["verdict"], f"{d['verdict']}{few}")
     interval = f"{d['mean']:+.1f} points [{d['low']:+.1f}, {d['high']:+.1f}]"
     return f"{interval}, better at {d['wins']} of {d['seeds']} seeds: {what}"
 
-# %% ../nbs/api/11_reports.ipynb #88ce3868
+# %% ../nbs/api/11_reports.ipynb #a32e2b29
 def _align(rows:list[tuple[str, ...]])->list[str]:
     "Lines of a table: the first and the last column to the left, numbers to the right."
     widths, last = [max(map(len, column)) for column in zip(*rows)], len(rows[0]) - 1
@@ -74,7 +75,7 @@ def table(
         agreement = "" if arm == "teacher" else mean_sd(scores(results, arm, "agreement"))
         parameters = f"{results['parameters'][arm]:,}"
         rows.append((name, mean_sd(scores(results, arm)), agreement, parameters, results["saw"][arm]))
-    head = f"{s['task']}, {n} seed{'s' * (n > 1)}, {s['epochs']} epochs, {results['objective']}"
+    head = f"{s['task']}, {n} seed{'s' * (n > 1)}, {s['epochs']} epoch{'s' * (s['epochs'] > 1)}, {results['objective']}"
     columns = ("", "test accuracy %", "agrees with teacher %", "parameters", "learned from")
     return "\n".join([head, "", *_align([columns, *rows]), "", f"distilled minus alone: {verdict(results)}"])
 
@@ -133,17 +134,17 @@ def seeds_figure(
                     zeroline=True, zerolinecolor=kit.INK, zerolinewidth=2),
         yaxis2=lines | dict(anchor="x2", showticklabels=False)))
 
-# %% ../nbs/api/11_reports.ipynb #04e8106d
+# %% ../nbs/api/11_reports.ipynb #5501a972
 def seeds_sentence(
     results:dict, # as in `results.json`
 )->str:
     "What the figure of the seeds shows."
     said = ", ".join(f"the {name} {mean_sd(scores(results, arm))}%" for arm, name in ARMS.items())
     low, high = min(differences(results)), max(differences(results))
-    return (f"Right on the test set: {said}. Seed by seed the difference between the students lies between "
-            f"{low:+.1f} and {high:+.1f} points.")
+    between = f"{low:+.1f}" if low == high else f"between {low:+.1f} and {high:+.1f}"
+    return f"Right on the test set: {said}. The distilled student is {between} points from the student alone."
 
-# %% ../nbs/api/11_reports.ipynb #88e8025a
+# %% ../nbs/api/11_reports.ipynb #7a852f3d
 def _curve(results, arm)->list[dict]:
     "Band and mean of one arm."
     y, look = np.array(scores(results, arm, "curve")), _LOOK[arm]
@@ -152,8 +153,8 @@ def _curve(results, arm)->list[dict]:
     edge = [*(middle + spread), *(middle - spread)[::-1]]
     band = dict(type="scatter", mode="lines", x=x + x[::-1], y=edge, fill="toself", fillcolor=tint, line_width=0,
                 hoverinfo="skip", showlegend=False)
-    line = dict(type="scatter", mode="lines", x=x, y=middle.tolist(), name=ARMS[arm],
-                line=dict(color=look["color"], dash=look["dash"], width=3),
+    line = dict(type="scatter", mode="lines" if len(x) > 1 else "markers", x=x, y=middle.tolist(), name=ARMS[arm],
+                line=dict(color=look["color"], dash=look["dash"], width=3), marker=dict(symbol=look["symbol"], size=13),
                 hovertemplate=ARMS[arm] + ", epoch %{x}: %{y:.1f}%<extra></extra>")
     return [band, line]
 
@@ -166,10 +167,10 @@ def curves_figure(
     epochs = curves.shape[-1]
     low = curves[..., min(2, epochs - 1):].min() - 2
     return go.Figure([trace for arm in ARMS for trace in _curve(results, arm)], kit.layout(
-        400, margin=dict(l=72, r=24, t=48, b=60), xaxis=dict(title_text="epoch", range=[0.5, epochs + 0.5]),
+        400, margin=dict(l=72, r=24, t=48, b=60), xaxis=dict(title_text="epoch", range=[0.5, epochs + 0.5], dtick=-(-epochs // 10)),
         yaxis=dict(title_text="validation accuracy (%)", range=[low, 100.5]), **_LEGEND))
 
-# %% ../nbs/api/11_reports.ipynb #999f50e6
+# %% ../nbs/api/11_reports.ipynb #ed267e14
 def curves_sentence(
     results:dict, # as in `results.json`
 )->str:
@@ -177,7 +178,7 @@ def curves_sentence(
     curves = {arm: np.mean(scores(results, arm, "curve"), axis=0) for arm in ARMS}
     epochs = len(curves["alone"])
     said = ", ".join(f"the {ARMS[arm]} {y[(epochs - 1) // 2]:.1f}% and {y[-1]:.1f}%" for arm, y in curves.items())
-    return f"Mean validation accuracy after {(epochs + 1) // 2} and after {epochs} epochs: {said}."
+    return f"Mean validation accuracy after epoch {(epochs + 1) // 2} and after epoch {epochs}: {said}."
 
 # %% ../nbs/api/11_reports.ipynb #ad78d745
 def block(
@@ -323,7 +324,7 @@ def _facts(rows:dict)->str:
     "Rows of a table with a name and its values each."
     return "\n".join(f'<tr><th scope="row">{escape(str(k))}</th>{_cells(v)}</tr>' for k, v in rows.items())
 
-# %% ../nbs/api/11_reports.ipynb #91bdfc97
+# %% ../nbs/api/11_reports.ipynb #56737054
 _CSS = """
 :root { color-scheme: light dark; --kd-page-ink: #1b1b1b; --kd-page-paper: #ffffff; --soft: #5a5a5a; --rule: #d6d6d6;
   --panel: #f5f6f8; }
@@ -346,6 +347,7 @@ th, td { text-align: right; white-space: nowrap; padding: 9px 14px; font-weight:
 th:first-child, td:last-child, th:last-child { text-align: left; } td:last-child { color: var(--soft); }
 thead th { color: var(--soft); font-size: 15px; vertical-align: bottom; }
 tbody th { font-weight: 600; }
+.sum td { white-space: normal; }
 .sum th, .sum td, .sum td:last-child { font-weight: 600; text-align: left; color: inherit; background: var(--panel); }
 .mark { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 10px; }
 caption { text-align: left; color: var(--soft); padding: 0 0 8px; }

@@ -1,5 +1,6 @@
 """Solutions pass, each usual slip is named, nothing of the solution shows, and hints open one at a time."""
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ def in_place(logits, T):
     return logits.softmax(-1)
 
 
+mean_kl = partial(F.kl_div, reduction="batchmean")
+
+
+def in_two_steps(zs, zt, T):
+    ps, pt = (zs / T).softmax(-1), (zt / T).softmax(-1)
+    return T**2 * (pt * (pt.log() - ps.log())).sum(-1).mean()
+
+
 def by_powers(logits, T):
     p = logits.softmax(-1) ** (1 / T)  # another way to the same probabilities
     return p / p.sum(-1, keepdim=True)
@@ -31,7 +40,7 @@ def by_powers(logits, T):
 SOLUTIONS = {
     "soften": [soften, by_powers, lambda z, T: torch.exp((z / T) - torch.logsumexp(z / T, -1, keepdim=True))],
     "soft_loss": [soft_loss, lambda zs, zt, T: kd.SoftKL(T=T)(zs, zt),
-                  lambda zs, zt, T: T * T * F.kl_div((zs / T).log_softmax(1), (zt / T).softmax(1), reduction="batchmean")],
+                  lambda zs, zt, T: T * T * mean_kl((zs / T).log_softmax(1), (zt / T).softmax(1))],
 }
 
 SLIPS = {
@@ -54,8 +63,8 @@ SLIPS = {
     "soft_loss": [
         (lambda zs, zt, T: None, "returns nothing yet"),
         (lambda zs, zt, T: soft_loss(zs, zt, T).item(), "returns float"),
-        (lambda zs, zt, T: T**2 * kd.functional.forward_kl(zs, zt, T=T, t_squared=False, reduction="none"), "should have shape ()"),
-        (lambda zs, zt, T: F.kl_div((zs / T).softmax(-1), (zt / T).softmax(-1), reduction="batchmean"), "where its logarithm should be"),
+        (lambda zs, zt, T: kd.functional.forward_kl(zs, zt, T=T, reduction="none"), "should have shape ()"),
+        (lambda zs, zt, T: mean_kl((zs / T).softmax(-1), (zt / T).softmax(-1)), "where its logarithm should be"),
         (lambda zs, zt, T: soft_loss(zt, zs, T), "changed places"),
         (lambda zs, zt, T: soft_loss(zs, zt, T) / zs.shape[-1], "there are three classes"),
         (lambda zs, zt, T: F.cross_entropy(zs / T, (zt / T).softmax(-1)), "instead of 0.2231"),
@@ -66,8 +75,7 @@ SLIPS = {
         (lambda zs, zt, T: soft_loss(zs.detach(), zt, T), "cut the gradient off"),
         (lambda zs, zt, T: soft_loss(zs, zt, T) / T**2, "it became 0.25 times as large"),
         (lambda zs, zt, T: soft_loss(zs, zt, T) / T, "it became 0.50 times as large"),
-        (lambda zs, zt, T: T**2 * ((zt / T).softmax(-1) * ((zt / T).softmax(-1).log() - (zs / T).softmax(-1).log())).sum(-1).mean(),
-         "it is infinite"),
+        (in_two_steps, "it is infinite"),
     ],
 }
 
@@ -112,7 +120,8 @@ def test_hints_open_one_at_a_time(name):
     with pytest.raises(ValueError, match=f"has hints 1 to {len(hints)}, got 9"):
         feedback.hint(9)
     html = feedback._repr_html_()
-    depth = [html[:m.start()].count("<details>") - html[:m.start()].count("</details>") for m in re.finditer("<summary>", html)]
+    above = [html[:m.start()] for m in re.finditer("<summary>", html)]
+    depth = [text.count("<details>") - text.count("</details>") for text in above]
     assert depth == list(range(1, len(hints) + 1))  # each inside the one before
     assert not any(hint in repr(feedback) for hint in hints)
 

@@ -56,7 +56,7 @@ def test_the_import_is_light():
     code = "import sys, kdlab; kdlab.SoftKL, kdlab.functional.forward_kl; print(*sorted(sys.modules))"
     loaded = set(run(sys.executable, "-c", code).split())
     assert "torch" in loaded
-    assert not loaded & {"plotly", "ipywidgets", "anywidget", "IPython", "sklearn", "scipy", "tqdm", "pandas"}
+    assert not loaded & {"plotly", "ipywidgets", "anywidget", "IPython", "sklearn", "scipy", "pandas"}
 
 
 def test_figures_and_widgets_import_no_torch():

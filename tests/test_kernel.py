@@ -435,6 +435,15 @@ def test_same_bits_for_any_threads(isa, dtype, shape):
         assert again.out == first.out and (again.raw == first.raw).all() and (again.kl == first.kl).all()
 
 
+def test_calls_from_many_python_threads(isa):
+    from concurrent.futures import ThreadPoolExecutor
+    s, t = logits(64, 500, seed=11)
+    want = soft_kl(s, t, T=2.0).raw
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: soft_kl(s, t, T=2.0).raw, range(40)):
+            assert (got == want).all()
+
+
 def test_large_gradient_is_streamed(isa):
     "Rows of a gradient that outgrows the cache equal the same rows computed alone."
     s, t = logits(80, 32768, seed=10)

@@ -48,7 +48,7 @@ def test_mean_and_sample_deviation():
 
 @pytest.mark.parametrize("results, words, headline", [
     (WINS, "+9.0 points [+1.0, +17.0], better at 2 of 2 seeds: distillation wins", "Distillation wins by 9.0 points"),
-    (EQUAL, "-0.5 points [-32.3, +31.3], better at 1 of 2 seeds: no difference here", "No difference here"),
+    (EQUAL, "-0.5 points [-32.3, +31.3], better at 1 of 2 seeds: no difference here (fewer than 5 seeds say little)", "No difference here"),
     (LOSES, "-9.0 points [-17.0, -1.0], better at 0 of 2 seeds: distillation loses", "Distillation loses by 9.0 points"),
     (ONE, "+10.0 points at one seed, which leaves chance open: no verdict", "One seed: +10.0 points, and no verdict")])
 def test_says_what_the_interval_says(results, words, headline, arrays):

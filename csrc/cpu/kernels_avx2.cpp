@@ -11,7 +11,8 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wuninitialized"        // from GCC 12's own headers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -21,7 +22,7 @@
 #define KDLAB_ISA avx2
 namespace kdlab {
 #include "simd_avx2.h"
-#include "math.h"
+#include "vector_math.h"
 #include "softened.h"
 #include "wide_rows.h"
 #include "narrow_rows.h"

@@ -9,7 +9,7 @@
 #define KDLAB_ISA base
 namespace kdlab {
 #include "simd_base.h"
-#include "math.h"
+#include "vector_math.h"
 #include "softened.h"
 #include "wide_rows.h"
 #include "narrow_rows.h"

@@ -28,11 +28,6 @@ struct Job : kdlab_soft_kl {
 
     bool counts(int64_t r) const { return !(mask && !mask[r]) && !(target && target[r] == ignore_index); }
 
-    int64_t next_that_counts(int64_t r, int64_t end) const {
-        while (r < end && !counts(r)) ++r;
-        return r;
-    }
-
     // d(out) / d(value of row r before its weight), times the incoming gradient
     double grad_scale(int64_t r) const {
         double g = grad_in ? at(grad_in, loss_dtype, reduction == KDLAB_NONE ? r : 0) : 1.0;

@@ -29,7 +29,7 @@ struct Temperature {
 template <class V>
 inline V softened_exp(V x, const Temperature<V>& T) { return exp2_of(max(T.floor, x), T.k, T.k_rest); }  // NaN passes
 
-// e_t (b - a), where 0 * -inf = 0: a class that the student excludes counts in excludes_more
+// e_t (b - a), where 0 * -inf = 0. A class that only the student excludes is looked for apart: see excludes_more.
 template <class V>
 inline V weighted_difference(V et, V b, V a, const Temperature<V>& T) {
     return et * (max(T.floor, b) - max(all<V>(Scalar<V>::lowest), a));
@@ -70,7 +70,7 @@ struct Close {
 template <class V>
 inline V close_mass(V s, V t, V es, V et, const Close<V>& k) {   // p_t (e^w - 1)
     V w = k.w(s, t);
-    return k.pt * (abs(w) < near<V> ? et * (w + psi(w)) : es - et);
+    return k.pt * (abs(w) < series_range<V> ? et * (w + psi(w)) : es - et);
 }
 
 template <class V>
@@ -80,7 +80,7 @@ template <class V>
 inline CloseTerms<V> close_terms(V s, V t, V es, V et, const Close<V>& k) {
     V pt = et * k.pt, v = k.w(s, t) - k.lambda, p = psi(v), far = fma(es, k.ps, -pt);
     V far_value = far - (pt > all<V>(0) ? pt * v : V{});         // 0 * -inf = 0
-    return {abs(v) < near<V> ? pt * p : far_value, abs(v) < near<V> ? pt * (v + p) : far};
+    return {abs(v) < series_range<V> ? pt * p : far_value, abs(v) < series_range<V> ? pt * (v + p) : far};
 }
 
 }  // namespace KDLAB_ISA

@@ -41,7 +41,7 @@ def check_scores(
             raise ValueError(f"{what} names {unknown[0]!r}, which is no arm of scores: {known}")
     return table
 
-# %% ../../nbs/api/figures/03_experiments.ipynb #68ddf199
+# %% ../../nbs/api/figures/03_experiments.ipynb #559199cb
 def _points(table, guess):
     "For each arm its seeds, its mean, and the reader's guess if there is one."
     out = []
@@ -51,17 +51,17 @@ def _points(table, guess):
         out.append(dict(type="scatter", mode="markers", name=name, x=points.tolist(), y=spread.tolist(), cliponaxis=False,
                         hovertext=[f"{name}, seed {i}: {p:.1f}" for i, p in enumerate(points)], hoverinfo="text",
                         marker=dict(color=look["color"], symbol=look["symbol"], size=11, opacity=0.85)))
-        out.append(dict(type="scatter", mode="lines", name=f"{name}, mean", x=[points.mean()] * 2, y=[row - 0.36, row + 0.36],
-                        line=dict(color=look["color"], width=4), cliponaxis=False,
+        out.append(dict(type="scatter", mode="lines", name=f"{name}, mean", x=[points.mean()] * 2,
+                        y=[row - 0.36, row + 0.36], line=dict(color=look["color"], width=4), cliponaxis=False,
                         hovertemplate=f"{name}, mean {points.mean():.1f}<extra></extra>"))
     if guess:
         out.append(dict(type="scatter", mode="markers+text", name="your guess", x=list(guess.values()),
                         y=[list(table).index(name) for name in guess], text=["your guess"] * len(guess),
-                        textposition="bottom center", textfont=dict(size=13, color=INK), cliponaxis=False, hoverinfo="x+name",
-                        marker=dict(symbol="star-open", size=17, color=INK, line_width=2)))
+                        textposition="bottom center", textfont=dict(size=13, color=INK), hoverinfo="x+name",
+                        marker=dict(symbol="star-open", size=17, color=INK, line_width=2), cliponaxis=False))
     return out
 
-# %% ../../nbs/api/figures/03_experiments.ipynb #b97ef0de
+# %% ../../nbs/api/figures/03_experiments.ipynb #c4c7cc2b
 def _whiskers(table, differences, middle):
     "Mean difference and interval of each arm, with the verdict in words above it, around the `middle` of the axis."
     rows = [(i, differences[name], name) for i, name in enumerate(table) if name in differences]
@@ -76,8 +76,9 @@ def _whiskers(table, differences, middle):
             error_x=dict(type="data", symmetric=False, array=[d.high - d.mean], arrayminus=[d.mean - d.low],
                          color=look["color"], thickness=3, width=7),
             hovertemplate=f"{name}: {_numbers(d)}<extra></extra>"))
-    out.append(dict(type="scatter", mode="text", name="verdicts", x=[middle] * len(rows), y=[i - 0.36 for i, *_ in rows],
-                    text=[f"{_numbers(d)}: <b>{d.verdict}</b>" for _, d, _ in rows], textfont=dict(size=14, color=INK),
+    words = [f"{_numbers(d)}: <b>{d.verdict}</b>" for _, d, _ in rows]
+    out.append(dict(type="scatter", mode="text", name="verdicts", x=[middle] * len(rows),
+                    y=[i - 0.36 for i, *_ in rows], text=words, textfont=dict(size=14, color=INK),
                     xaxis="x2", yaxis="y2", hoverinfo="skip", cliponaxis=False))
     return out
 
@@ -116,7 +117,7 @@ def arms_figure(
     left = 28 + 8.5 * max(map(len, table))
     return go.Figure(traces, layout(110 + 66 * len(table), titles, margin=dict(l=left, r=16, t=40, b=60), **parts))
 
-# %% ../../nbs/api/figures/03_experiments.ipynb #3158a38b
+# %% ../../nbs/api/figures/03_experiments.ipynb #3da6912c
 def arms_sentence(
     scores:Mapping[str, Sequence[float]],
     differences:Mapping[str, Difference] | None=None,
@@ -132,4 +133,5 @@ def arms_sentence(
     text = f"Mean {unit} over {len(next(iter(table.values())))} seeds: {means}."
     if differences:
         text += f" Minus {base}: " + "; ".join(f"{n} {_numbers(d)}, {d.verdict}" for n, d in differences.items()) + "."
-    return text + "".join(f" You guessed {value:g} for {name}; it is {table[name].mean():.1f}." for name, value in guess.items())
+    told = (f" You guessed {value:g} for {name}; it is {table[name].mean():.1f}." for name, value in guess.items())
+    return text + "".join(told)

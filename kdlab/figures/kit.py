@@ -267,7 +267,7 @@ def toggle(name:str, label:str) -> dict:
     "A switch, off or on."
     return dict(kind="toggle", name=name, label=label, values=[False, True], texts=["off", "on"])
 
-# %% ../../nbs/api/figures/00_kit.ipynb #239545a6
+# %% ../../nbs/api/figures/00_kit.ipynb #67b245a4
 _INK_RGB = fade(INK, 1).replace("rgba", "rgb").replace(", 1)", ")")
 THEME_CSS = f"""
 .js-plotly-plot {{ --kd-ink: var(--jp-content-font-color1, var(--kd-page-ink, {INK})); }}
@@ -275,6 +275,9 @@ THEME_CSS = f"""
 .js-plotly-plot [style*="stroke: {_INK_RGB}"] {{ stroke: var(--kd-ink) !important; }}
 """
 CONTROL_CSS = """
+.kd-widget { min-width: 0; overflow-x: auto; }
+.kd-widget > * { min-width: 0; }
+.kd-widget > .js-plotly-plot, #kd-plot { min-width: 800px; }
 .kd-panel { color: var(--jp-content-font-color1, var(--kd-page-ink)); font-size: 16px; line-height: 1.5;
   font-family: system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif; padding: 4px 8px; }
 .kd-panel .kd-title { font-size: 19px; font-weight: 600; margin: 0 0 6px; color: inherit; }
@@ -330,7 +333,7 @@ function kdControls(box, controls, values, changed) {
 }
 """
 
-# %% ../../nbs/api/figures/00_kit.ipynb #a8e42970
+# %% ../../nbs/api/figures/00_kit.ipynb #0c9661c8
 _PAGE_JS = """
 const base = document.getElementById("kd-data"), { fig, controls, values, states } = JSON.parse(base.textContent);
 const plot = document.getElementById("kd-plot"), text = document.getElementById("kd-text");
@@ -358,7 +361,7 @@ _PAGE_CSS = """
 @media (prefers-color-scheme: dark) { :root { --kd-page-ink: #f2f2f2; --kd-page-paper: #141414; } }
 body { margin: 0 auto; max-width: 1200px; padding: 16px; color: var(--kd-page-ink); background: var(--kd-page-paper);
   font-family: system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif; }
-h1 { font-size: 24px; margin: 0 8px 8px; } figure { margin: 0; }
+h1 { font-size: 24px; margin: 0 8px 8px; } figure { margin: 0; overflow-x: auto; }
 figcaption { margin: 8px; font-size: 16px; }
 """
 

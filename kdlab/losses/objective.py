@@ -14,7 +14,7 @@ from .. import ops
 from ..functional.contract import check_backend, check_reduction
 from ..functional.divergences import question
 
-# %% ../../nbs/api/losses/01_objective.ipynb #1d6d2f36
+# %% ../../nbs/api/losses/01_objective.ipynb #82f49e33
 class Number:
     "An attribute that reads as a float; its 0-dim tensor twin lies beside it as `_NAME_tensor`."
     def __set_name__(self, owner, name):
@@ -29,16 +29,18 @@ class Number:
         if self.twin in obj.__dict__: obj.__dict__[self.twin].fill_(value) # the compiled graph holds this tensor
         else: obj.__dict__[self.twin] = torch.tensor(value, dtype=torch.float64)
 
+# %% ../../nbs/api/losses/01_objective.ipynb #61a88b42
 def live(obj, name:str)->float|Tensor:
     "The number `name` of `obj`: a float in eager code, its tensor under a compiler."
     return obj.__dict__[f"_{name}_tensor" if torch.compiler.is_compiling() else f"_{name}"]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #6c749dd6
+# %% ../../nbs/api/losses/01_objective.ipynb #71bf9099
 class Part(NamedTuple):
     "One term of an objective."
     weight: float # its weight
     rows: Tensor # its unweighted value for each row, detached; 0 where a row does not count
 
+# %% ../../nbs/api/losses/01_objective.ipynb #fb99be32
 class Loss(nn.Module):
     "A loss on `(student, teacher, target)`; `*`, `/`, `+`, `-` and `sum` build an `Objective`."
     role = "soft" # soft: from the teacher; hard: from labels
@@ -61,6 +63,7 @@ class Loss(nn.Module):
     def __neg__(self): return self * -1.
     __rmul__ = __mul__
 
+# %% ../../nbs/api/losses/01_objective.ipynb #b64e9ec0
 def _weight(w)->float:
     "A weight as a finite float."
     try: value = float(w)
@@ -90,7 +93,7 @@ class RowLoss(Loss):
         "The unweighted value of every row, detached."
         return (1. * self).parts(student, teacher, target, labels=labels, mask=mask)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #eac63ae7
+# %% ../../nbs/api/losses/01_objective.ipynb #c1b92cf9
 def _question(group, student, teacher, target, labels, mask, row_weight, normalizer):
     "The question of one loss, or of a soft and a hard one together; `group` holds (weight, loss)."
     soft = next(((w, loss) for w, loss in group if loss.role == "soft"), None)
@@ -103,13 +106,14 @@ def _question(group, student, teacher, target, labels, mask, row_weight, normali
                     hard_weight=None if hard is None else hard[0], dim=loss.dim, ignore_index=loss.ignore_index,
                     row_weight=row_weight, reduction=loss.reduction, normalizer=normalizer, backend=loss.backend, **options)
 
+# %% ../../nbs/api/losses/01_objective.ipynb #c53ba688
 def _answer(group, *args)->Tensor:
     rows, q = _question(group, *args)
     return ops.answer(*rows, q, group[0][1].backend)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #9c8cc543
-class Objective(Loss):
-    "A weighted sum of losses, called like one loss: `(student, teacher, target)`."
+# %% ../../nbs/api/losses/01_objective.ipynb #fb31ef19
+class _Weighted(Loss):
+    "Losses and their weights."
     def __init__(self,
         terms:list[tuple[float, Loss]], # weights and losses, in the order in which they are written
     ):
@@ -133,45 +137,55 @@ class Objective(Loss):
 
     def terms(self): return list(zip(self._weights, self.losses))
 
-    def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
-        args = student, teacher, target, labels, mask, row_weight, normalizer
-        values = [_answer(group, *args) for group in self._groups()]
-        return sum(values[1:], values[0]) if values else _nothing(self.losses[0], student)
+# %% ../../nbs/api/losses/01_objective.ipynb #5f8aabc1
+def _groups(objective:_Weighted)->list[list[tuple]]:
+    "Active terms with their weights; the first soft and hard losses that can share a sweep stand together."
+    weights = objective._weights_tensor if torch.compiler.is_compiling() else objective._weights
+    active = [(weights[i], loss) for i, loss in enumerate(objective.losses) if objective._active[i]]
+    for i, a in enumerate(active):
+        for j, b in enumerate(active):
+            if a[1].role == "soft" and b[1].role == "hard" and a[1].shared() == b[1].shared():
+                return [[a, b]] + [[t] for k, t in enumerate(active) if k not in (i, j)]
+    return [[t] for t in active]
 
-    def parts(self, student, teacher, target=None, *, labels=None, mask=None)->dict[str, Part]:
-        "Each term's unweighted rows, detached, with its weight beside it."
-        out = {}
-        for group in self._groups():
-            rows, q = _question(group, student, teacher, target, labels, mask, None, None)
-            s, t, y, m, _ = rows
-            for name, values in ops.row_terms(s, t, y, m, q, group[0][1].backend).items():
-                weight = next(w for w, loss in group if loss.term == name)
-                same = sum(k.split("#")[0] == name for k in out)
-                out[f"{name}#{same + 1}" if same else name] = Part(float(weight), values)
-        return out
+def _part_names(parts:dict[str, Part], taken:dict)->dict[str, Part]:
+    "Names that are free: a second term of the same kind becomes `name#2`."
+    count = lambda name: sum(k.split("#")[0] == name for k in taken)
+    return {f"{name}#{count(name) + 1}" if count(name) else name: values for name, values in parts.items()}
 
-    def _groups(self)->list[list[tuple]]:
-        "Active terms with their weights; the first soft and hard losses that can share a sweep stand together."
-        weights = self._weights_tensor if torch.compiler.is_compiling() else self._weights
-        active = [(weights[i], loss) for i, loss in enumerate(self.losses) if self._active[i]]
-        for i, a in enumerate(active):
-            for j, b in enumerate(active):
-                if a[1].role == "soft" and b[1].role == "hard" and a[1].shared() == b[1].shared():
-                    return [[a, b]] + [[t] for k, t in enumerate(active) if k not in (i, j)]
-        return [[t] for t in active]
-
-    def equation(self)->str:
-        "The objective as it is written on paper."
-        return _written(self.terms(), lambda loss: loss.equation())
-
-    def __repr__(self): return _written(self.terms(), repr)
-
+# %% ../../nbs/api/losses/01_objective.ipynb #0371fb6a
 def _written(terms, spell)->str:
     "0.1·A + 0.9·B"
-    text = "".join(f" {'-' if w < 0 else '+'} {abs(w):g}·{spell(loss)}" for w, loss in terms)
+    text = "".join(f" {'-' if w < 0 else '+'} {'' if abs(w) == 1 else f'{abs(w):g}·'}{spell(loss)}"
+                   for w, loss in terms)
     return text[3:] if text.startswith(" +") else "-" + text[3:]
 
 def _nothing(loss:Loss, student:Tensor)->Tensor:
     "0 in the loss's shape, with a live graph: what an objective without an active term is worth."
     rows = student.narrow(loss.dim, 0, 0).sum(loss.dim, dtype=torch.promote_types(student.dtype, torch.float32))
     return rows if loss.reduction == "none" else rows.sum()
+
+# %% ../../nbs/api/losses/01_objective.ipynb #3e0363d9
+class Objective(_Weighted):
+    "A weighted sum of losses, called like one loss: `(student, teacher, target)`."
+    def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
+        args = student, teacher, target, labels, mask, row_weight, normalizer
+        values = [_answer(group, *args) for group in _groups(self)]
+        return sum(values[1:], values[0]) if values else _nothing(self.losses[0], student)
+
+    def parts(self, student, teacher, target=None, *, labels=None, mask=None)->dict[str, Part]:
+        "Each term's unweighted rows, detached, with its weight beside it."
+        out = {}
+        for group in _groups(self):
+            rows, q = _question(group, student, teacher, target, labels, mask, None, None)
+            s, t, y, m, _ = rows
+            weights = {loss.term: float(w) for w, loss in group}
+            terms = ops.row_terms(s, t, y, m, q, group[0][1].backend)
+            out |= _part_names({name: Part(weights[name], values) for name, values in terms.items()}, out)
+        return out
+
+    def equation(self)->str:
+        "The objective as it is written on paper."
+        return _written(self.terms(), lambda loss: loss.equation())
+
+    def __repr__(self): return _written(self.terms(), repr)

@@ -51,34 +51,37 @@ async function load(model) {
 }
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #40b2524a
+# %% ../../nbs/api/widgets/00_kit.ipynb #df7fecc9
 _QUIET_JS = """
 const QUIET = new Set(["_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"]);
 function quiet(model) {
   const hover = (k, v) => k === "_js2py_pointsCallback" && /hover/.test(v?.event_type ?? "");
   const set = (k, v) => { if (!QUIET.has(k) && !hover(k, v)) model.set(k, v); };
-  return { get: (k) => model.get(k), set, on: (k, f) => model.on(k, f), off: (k, f) => model.off(k, f),
-           save_changes: () => model.save_changes(), widget_manager: model.widget_manager };
+  const self = { get: (k) => model.get(k), set, save_changes: () => model.save_changes(), drawn: null };
+  self.on = (k, f) => { model.on(k, f); self.drawn?.push(() => model.off(k, f)); };
+  return self;
 }
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #a7fc9804
+# %% ../../nbs/api/widgets/00_kit.ipynb #4996552e
 _LOADER = _FETCH_JS + _QUIET_JS + """
 export default () => {
-  let part;
+  let part, shared;
   return {
     async initialize({ model }) {
       part = (await load(model)).default();
-      await part.initialize({ model: quiet(model) });
+      shared = quiet(model);
+      await part.initialize({ model: shared });
     },
     async render({ model, el }) {
       const name = () => { el.setAttribute("role", "img"); el.setAttribute("aria-label", model.get("_alt")); };
       name();
       model.on("change:_alt", name);
-      const done = await part.render({ model, el });
+      const mine = (shared.drawn = []), done = part.render({ model, el });
+      shared.drawn = null;
       const fit = new ResizeObserver(() => { if (el.isConnected && el.clientWidth) el._responsiveChartHandler?.(); });
       fit.observe(el);
-      return () => { fit.disconnect(); done?.(); };
+      return () => { fit.disconnect(); mine.forEach((off) => off()); done?.(); };
     },
   };
 };

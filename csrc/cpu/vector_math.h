@@ -1,6 +1,7 @@
 // The functions that the losses are made of, for vectors of any instruction set. Included once per instruction set.
 namespace KDLAB_ISA {
 
+// What the kernels need to know about a vector type
 template <class V> struct Scalar;
 template <> struct Scalar<F32> {
     typedef float Real;
@@ -9,7 +10,7 @@ template <> struct Scalar<F32> {
     static constexpr int mantissa = 23;
     static constexpr float rounder = 12582912.0f + 127.0f;  // 1.5 * 2^23 + bias: adding it rounds to whole numbers
     static constexpr float exp_floor = -127;                // 2^x counts as 0 from here down
-    static constexpr float lowest = -1e38f;
+    static constexpr float lowest = -1e38f;                 // stands for -inf where 0 * -inf must be 0
     static constexpr int psi_terms = 8, log_terms = 5;
     static constexpr int32_t sqrt_half = 0x3f3504f3;        // bits of sqrt(1/2)
 };
@@ -24,6 +25,7 @@ template <> struct Scalar<F64> {
     static constexpr int psi_terms = 17, log_terms = 11;
     static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
 };
+
 // The vector that elements of type E are computed in
 template <class E> struct VectorOf { typedef F32 type; };
 template <> struct VectorOf<double> { typedef F64 type; };
@@ -70,8 +72,8 @@ inline V exp2_of(V x, V k, V k_rest) {
     return exp2_near_0(fma(x, k_rest, fma(x, k, -n))) * power_of_2(shifted);
 }
 
-// psi(v) = e^v - 1 - v, for |v| <= near: v^2 (1/2! + v/3! + v^2/4! + ...)
-template <class V> constexpr Real<V> near = Real<V>(0.75);
+// psi(v) = e^v - 1 - v, for |v| <= series_range: v^2 (1/2! + v/3! + v^2/4! + ...)
+template <class V> constexpr Real<V> series_range = Real<V>(0.75);
 
 template <class R>
 struct Series {                                             // 1/k! for psi, 2/(2k+1) for the logarithm

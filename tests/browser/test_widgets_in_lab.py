@@ -200,6 +200,15 @@ def test_two_views_of_one_widget_move_together(book):
     assert press(book, ["Home"], 0).startswith("At T = 0.25 ") and data(book, 0, 2, "x") == [0.25]
 
 
+def test_plots_follow_the_width_of_the_page(book):
+    width = f"() => ({PLOTS})().map(p => p.querySelector('.main-svg').clientWidth)"
+    wide = book.page.evaluate(width)
+    book.page.set_viewport_size(dict(width=1160, height=2400))
+    book.page.wait_for_function(f"was => ({width})().every((w, i) => w < was[i])", arg=wide)
+    book.page.set_viewport_size(dict(width=1360, height=2400))
+    book.page.wait_for_function(f"was => ({width})().every((w, i) => w === was[i])", arg=wide)
+
+
 def test_nothing_went_wrong_on_the_way(book):
     book.assert_clean()
 
