@@ -16,7 +16,8 @@ def make(alone, distilled, difference=None, saw="40 labelled", **settings):
     arm = lambda accuracy: {"accuracy": accuracy, "agreement": accuracy + 1, "curve": curve, "seconds": 2.}
     d = None if difference is None else dict(zip(("mean", "low", "high", "wins", "seeds", "verdict"), difference))
     return {
-        "settings": {"task": "digits <few>", "T": 4., "alpha": 0.1, "epochs": 4} | settings, "objective": "0.1·CE + 0.9·KL",
+        "settings": {"task": "digits <few>", "T": 4., "alpha": 0.1, "epochs": 4} | settings,
+        "objective": "0.1·CE + 0.9·KL",
         "seeds": [{"teacher": arm(97.), "alone": arm(a), "distilled": arm(b)} for a, b in zip(alone, distilled)],
         "difference": d, "saw": {"teacher": "1000 labelled", "alone": saw, "distilled": f"{saw}, teacher"},
         "parameters": dict(teacher=38282, alone=19210, distilled=19210), "versions": {"torch": "2.13.0"},
@@ -48,9 +49,11 @@ def test_mean_and_sample_deviation():
 
 @pytest.mark.parametrize("results, words, headline", [
     (WINS, "+9.0 points [+1.0, +17.0], better at 2 of 2 seeds: distillation wins", "Distillation wins by 9.0 points"),
-    (EQUAL, "-0.5 points [-32.3, +31.3], better at 1 of 2 seeds: no difference here (fewer than 5 seeds say little)", "No difference here"),
+    (EQUAL, "-0.5 points [-32.3, +31.3], better at 1 of 2 seeds: no difference here (fewer than 5 seeds say little)",
+     "No difference here"),
     (LOSES, "-9.0 points [-17.0, -1.0], better at 0 of 2 seeds: distillation loses", "Distillation loses by 9.0 points"),
-    (ONE, "+10.0 points at one seed, which leaves chance open: no verdict", "One seed: +10.0 points, and no verdict")])
+    (ONE, "+10.0 points at one seed, which leaves chance open: no verdict",
+     "One seed: +10.0 points, and no verdict")])
 def test_says_what_the_interval_says(results, words, headline, arrays):
     assert reports.verdict(results) == words and words in reports.table(results)
     page = reports.experiment_page(results, arrays)

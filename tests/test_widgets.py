@@ -77,7 +77,8 @@ def test_one_message_a_change_in_the_lens(lens, monkeypatch, name, value):
     assert len(sent) == 1
 
 
-@pytest.mark.parametrize("name, value", [("which", "disagree"), ("klass", 3), ("page", 1), ("lasso", True), ("picked", [1, 2])])
+@pytest.mark.parametrize("name, value", [
+    ("which", "disagree"), ("klass", 3), ("page", 1), ("lasso", True), ("picked", [1, 2])])
 def test_one_message_a_change_in_the_gap(gap, name, value):
     sent = messages(gap.fig)
     setattr(gap, name, value)
@@ -100,7 +101,8 @@ def test_the_saved_state_is_that_of_the_live_figure():
     fig.data[0].y = [5, 6]
     fig.update_layout(title_text="late")
     state = fig.get_state()
-    assert [t["y"] for t in state["_widget_data"]] == [[5, 6], [3]] and state["_widget_layout"]["title"]["text"] == "late"
+    assert [t["y"] for t in state["_widget_data"]] == [[5, 6], [3]]
+    assert state["_widget_layout"]["title"]["text"] == "late"
     assert state["_view_name"] and state["_esm"]  # embedding drops what counts as a default
     assert fig.get_state("_config").keys() == {"_config"}
     embedded = fig.get_manager_state(widgets=[fig], drop_defaults=True)["state"][fig.model_id]["state"]
@@ -185,7 +187,7 @@ def test_a_click_and_a_box_filter_the_other_views(gap, arrays):
     first = [int(np.flatnonzero(gap.numbers["group"] == group)[0]) for group in (0, 1)]
     assert gap.picked == sorted(first) and gap.page == 0 and len(gap.fig.data[6].text) == 2
     none = dict(trace_indexes=[], point_indexes=[], xs=[], ys=[])
-    gap.fig._js2py_pointsCallback = dict(event_type="plotly_selected", points=none)  # plotly says this when an outline goes
+    gap.fig._js2py_pointsCallback = dict(event_type="plotly_selected", points=none)  # said when an outline goes
     assert gap.picked == sorted(first)
     gap.fig._js2py_pointsCallback = dict(event_type="plotly_selected", points=none, selector=box)
     assert gap.picked == []
@@ -259,7 +261,8 @@ def test_the_page_holds_all_states_and_loads_nothing(lens, gap, tmp_path):
     assert "http" not in html and (tmp_path / "plotly.min.js").exists()
     blob = json.loads(re.search(r'id="kd-data">(.*?)</script>', html, re.S)[1])
     T, log = blob["controls"]
-    assert 4.5 in T["values"] and len(blob["states"]) == len(T["values"]) * 2 and blob["values"] == {"T": 4.5, "log_axis": False}
+    assert 4.5 in T["values"] and len(blob["states"]) == len(T["values"]) * 2
+    assert blob["values"] == {"T": 4.5, "log_axis": False}
     at = T["values"].index(8.0)
     lens.T = 8.0
     assert np.allclose(blob["states"][f"{at},0"]["data"]["0"]["y"], lens.fig.data[0].y)

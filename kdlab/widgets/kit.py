@@ -51,12 +51,13 @@ async function load(model) {
 }
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #df7fecc9
+# %% ../../nbs/api/widgets/00_kit.ipynb #affd7d0e
 _QUIET_JS = """
 const QUIET = new Set(["_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"]);
 function quiet(model) {
   const hover = (k, v) => k === "_js2py_pointsCallback" && /hover/.test(v?.event_type ?? "");
-  const set = (k, v) => { if (!QUIET.has(k) && !hover(k, v)) model.set(k, v); };
+  const width = (k, v) => k === "_js2py_relayout" && "autosize" in (v?.relayout_data ?? {});
+  const set = (k, v) => { if (!QUIET.has(k) && !hover(k, v) && !width(k, v)) model.set(k, v); };
   const self = { get: (k) => model.get(k), set, save_changes: () => model.save_changes(), drawn: null };
   self.on = (k, f) => { model.on(k, f); self.drawn?.push(() => model.off(k, f)); };
   return self;

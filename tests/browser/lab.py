@@ -57,8 +57,8 @@ def chromium():
     "A running browser."
     need(find_spec("playwright"), "browser checks skipped: Playwright is not installed (pip install playwright)")
     from playwright.sync_api import sync_playwright
-    path = need(find_chromium(), "browser checks skipped: no Chromium found. Install one (Debian: apt install chromium; "
-                                 "or: playwright install chromium), or name it in KDLAB_CHROMIUM")
+    path = need(find_chromium(), "browser checks skipped: no Chromium found. Install one (Debian: apt install "
+                                 "chromium; or: playwright install chromium), or name it in KDLAB_CHROMIUM")
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=path, args=FLAGS)
         try:
@@ -107,7 +107,8 @@ class Lab:
              "browser checks skipped: JupyterLab is not installed (pip install 'kdlab[lab]')")
         self.root.mkdir(parents=True, exist_ok=True)
         names = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-                 "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
+                 "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+                 "IPYTHONDIR": "ipython"}
         env = os.environ | {name: str(self.folder / sub) for name, sub in names.items()}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         for sub in names.values():

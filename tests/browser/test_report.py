@@ -39,8 +39,8 @@ def test_report_offline(browser, report, scheme):
     page.keyboard.press("ArrowDown")
     assert "where the two disagree" in gap.locator(".kd-text").text_content() and shown() != all_of_them
 
-    ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
-    assert (ink, paper) == {"light": ("rgb(27, 27, 27)", "rgb(255, 255, 255)"), "dark": ("rgb(242, 242, 242)", "rgb(20, 20, 20)")}[scheme]
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 20, 20)"}[scheme]
     assert page.evaluate("document.documentElement.scrollWidth") <= 1180
     assert record.console == [] and record.failed == [] and record.outside == []
     context.close()
