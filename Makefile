@@ -23,6 +23,7 @@ setup: $(VENV)/.built  ## make the virtual environment and build the extension
 
 export: $(VENV)/.built  ## notebooks -> package, command-line table and README; then clean the notebooks
 	@$(BIN)/nbdev-export
+	@$(BIN)/python -m kdlab.cli_export
 	@$(BIN)/python docs/readme.py
 	@$(BIN)/nbdev-clean
 
