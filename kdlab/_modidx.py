@@ -492,6 +492,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdlab.widgets.kit._SharedFigure': ('api/widgets/kit.html#_sharedfigure', 'kdlab/widgets/kit.py'),
                                    'kdlab.widgets.kit._SharedFigure.__init__': ( 'api/widgets/kit.html#_sharedfigure.__init__',
                                                                                  'kdlab/widgets/kit.py'),
+                                   'kdlab.widgets.kit._SharedFigure._send_update_msg': ( 'api/widgets/kit.html#_sharedfigure._send_update_msg',
+                                                                                         'kdlab/widgets/kit.py'),
                                    'kdlab.widgets.kit._SharedFigure._shared': ( 'api/widgets/kit.html#_sharedfigure._shared',
                                                                                 'kdlab/widgets/kit.py'),
                                    'kdlab.widgets.kit._SharedFigure.get_state': ( 'api/widgets/kit.html#_sharedfigure.get_state',

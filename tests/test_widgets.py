@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from plotly.basedatatypes import Undefined
 
 from kdlab.figures.gap import CHOICES
 from kdlab.widgets import kit
@@ -75,6 +76,16 @@ def test_one_message_a_change_in_the_lens(lens, monkeypatch, name, value):
     assert sent == ["_py2js_update"] and len(panel) == 1
     setattr(lens, name, value)
     assert len(sent) == 1
+
+
+def test_an_update_names_every_value_that_it_sends(lens):
+    "plotly's sentinel for 'as it was' would be written into the data that later views show."
+    sent = []
+    lens.fig.observe(lambda change: sent.append(change["new"]), "_py2js_update")
+    lens.example = 5  # new colours for the bars, the same for the markers
+    color = sent[0]["style_data"]["marker.color"]
+    assert sent[0]["style_traces"] == list(range(8)) and color[4] == "#0072B2" and color[6] == "#D55E00"
+    assert not any(value is Undefined for values in sent[0]["style_data"].values() for value in values)
 
 
 @pytest.mark.parametrize("name, value", [

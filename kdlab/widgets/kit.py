@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KDFigure', 'shared_bundle', 'show', 'on_points', 'Panel', 'refresh', 'write_view', 'KDWidget']
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #173f0ccb
+# %% ../../nbs/api/widgets/00_kit.ipynb #dce2d754
 import itertools
 import json
 from importlib.metadata import version
@@ -15,6 +15,7 @@ import anywidget
 import ipywidgets
 import plotly.basewidget
 import plotly.graph_objects as go
+from plotly.basedatatypes import Undefined
 from traitlets import Bool, Dict, Float, Instance, List, Unicode, default
 
 from ..figures import kit as figures
@@ -88,7 +89,7 @@ export default () => {
 };
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #af61d49c
+# %% ../../nbs/api/widgets/00_kit.ipynb #61ce7122
 class _SharedFigure(go.FigureWidget):
     "A plotly `FigureWidget` that shares the bundle and whose state is always that of the live figure."
     _esm = _LOADER
@@ -113,6 +114,14 @@ class _SharedFigure(go.FigureWidget):
             now = json.loads(self.to_json(remove_uids=False))  # plain lists: objects of plotly may sit in the layout
             state.update(_widget_data=now["data"], _widget_layout=now["layout"])
         return state
+
+    def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None):
+        # plotly marks "leave as it is" by a sentinel, which its front end writes into the data that later views show
+        traces = self._normalize_trace_indexes(trace_indexes)
+        now = lambda i, key: self.data[i][key] if key in self.data[i] else None
+        whole = {key: [now(i, key) if value is Undefined else value for i, value in zip(traces, values)]
+                 for key, values in restyle_data.items()}
+        super()._send_update_msg(whole, relayout_data, traces, source_view_id)
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #f9c45554
 def _can_share() -> bool:

@@ -17,7 +17,7 @@ digits = load_digits()
 x, y, images = digits.data / 16, digits.target, digits.images[1000:]
 teacher, student = (LogisticRegression(max_iter=200).fit(x[:n], y[:n]) for n in (1000, 60))
 t, s = (net.decision_function(x[1000:]) for net in (teacher, student))"""
-LENS = "lens = TemperatureLens(t, images=images, labels=y[1000:])\nlens"
+LENS = "lens = TemperatureLens(t, images=images, labels=y[1000:])\nlens.example = 3\nlens.example = 0\nlens"
 GAP = "gap = TeacherStudentGap(t, s, y[1000:], images=images)\ngap"
 PLOTS = "() => [...document.querySelectorAll('.js-plotly-plot')]"
 
@@ -71,6 +71,10 @@ def settled(book, widget):
     while last != (last := (words(book, widget), book.page.evaluate(look))):
         book.page.wait_for_timeout(150)
     return last[0]
+
+
+def test_a_change_before_the_first_view_leaves_the_other_traces_alone(book):
+    assert [data(book, 0, trace, "marker")["color"] for trace in (2, 4, 6)] == ["#009E73", "#0072B2", "#D55E00"]
 
 
 def test_the_slider_moves_plot_and_sentence(book):
