@@ -89,7 +89,7 @@ def stable_forward_kl(
     near = (w.detach().abs() <= 4).all(-1)
     return _near(w.where(near.unsqueeze(-1), 0), t, T).where(near, _far(s, t, T))
 
-# %% ../nbs/api/01_reference.ipynb #c0672ead
+# %% ../nbs/api/01_reference.ipynb #68c115bb
 def stable_cross_entropy(
     student:Tensor, # logits, (..., C)
     target:Tensor, # labels, int64, (...); one outside [0, C) makes its row NaN
@@ -101,4 +101,4 @@ def stable_cross_entropy(
     z = student - student.detach().amax(-1, keepdim=True)
     log_sum = _sum(z.exp()).log()
     picked = z.gather(-1, target.where(inside, 0).unsqueeze(-1)).squeeze(-1)
-    return (log_sum - picked).masked_fill(~inside, torch.nan)
+    return (log_sum - picked) * torch.ones_like(log_sum).masked_fill(~inside, torch.nan) # NaN in the gradient as well

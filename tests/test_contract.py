@@ -444,6 +444,18 @@ def test_a_bad_label_is_nan_under_compile(fresh_compiler):
     assert got[1].isnan() and got[[0, 2]].isfinite().all() and grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
 
 
+def test_without_the_core_everything_runs_on_plain_torch(fresh_compiler, monkeypatch):
+    monkeypatch.setattr(ops, "_C", None)
+    s, t = pair(3, 4)
+    y = torch.tensor([0, 7, -100])
+    objective = 0.1 * kd.CrossEntropy(reduction="none") + 0.9 * kd.SoftKL(reduction="none")
+    want, want_grad = value_and_grad(lambda x: objective(x, t, y.clamp(max=3)), s)
+    got, grad = value_and_grad(torch.compile(lambda x: objective(x, t, y), fullgraph=True, backend="aot_eager"), s)
+    torch.testing.assert_close((got[0], grad[0]), (want[0], want_grad[0]))
+    assert got[1].isnan() and grad[1].isnan().all() and got[2] == 0 and grad[2].eq(0).all()
+    with pytest.raises(ValueError, match="not built"): forward_kl(s, t, backend="cpp")
+
+
 # modules and weights
 
 def test_function_and_module_share_options_and_defaults():
