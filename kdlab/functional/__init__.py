@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #6cea5012
+# %% ../../nbs/api/functional/00_functional.ipynb #232f5e1a
 from .divergences import forward_kl
+from .linear import linear_forward_kl
 
-# %% ../../nbs/api/functional/00_functional.ipynb #95dcec18
-__all__ = ["forward_kl"]
+# %% ../../nbs/api/functional/00_functional.ipynb #c8c9b8a4
+__all__ = ["forward_kl", "linear_forward_kl"]

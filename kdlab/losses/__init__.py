@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #9d8c0399
+# %% ../../nbs/api/losses/00_losses.ipynb #887c8fb1
 from .objective import Loss, Objective, Part
 from .divergences import CrossEntropy, ForwardKL, SoftKL
+from .linear import LinearForwardKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #0bc8f8d1
-__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL"]
+# %% ../../nbs/api/losses/00_losses.ipynb #e7c6b9b5
+__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "LinearForwardKL"]
