@@ -1,0 +1,240 @@
+// Random shapes, layouts and values through the CPU kernels, against the equations in plain double.
+//
+//     fuzz [seconds] [seed]
+//
+// Built with AddressSanitizer and UndefinedBehaviorSanitizer; every buffer has exactly the size it must have, so a
+// read or write one element too far is found. The oracle is the definition, one class at a time.
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kdlab.h"
+
+namespace {
+
+typedef std::mt19937_64 Random;
+
+int64_t pick(Random& r, int64_t below) { return static_cast<int64_t>(r() % static_cast<uint64_t>(below)); }
+bool chance(Random& r, double p) { return std::uniform_real_distribution<>(0, 1)(r) < p; }
+
+// Numbers as the kernel reads them.
+struct Array {
+    int dtype;
+    std::unique_ptr<char[]> bytes;                     // exactly as large as it must be
+    Array(int d, int64_t n) : dtype(d), bytes(new char[n * size()]()) {}
+    int64_t size() const { return dtype == KDLAB_F64 ? 8 : dtype == KDLAB_F32 ? 4 : 2; }
+
+    void set(int64_t i, double x) {
+        if (dtype == KDLAB_F64) std::memcpy(&bytes[i * 8], &x, 8);
+        float f = static_cast<float>(x);
+        if (dtype == KDLAB_F32) std::memcpy(&bytes[i * 4], &f, 4);
+        uint32_t b;
+        std::memcpy(&b, &f, 4);
+        uint16_t h = dtype == KDLAB_BF16 ? static_cast<uint16_t>(b >> 16) : half(f);
+        if (dtype >= KDLAB_BF16) std::memcpy(&bytes[i * 2], &h, 2);
+    }
+    double get(int64_t i) const {
+        double d;
+        float f;
+        uint16_t h;
+        if (dtype == KDLAB_F64) return std::memcpy(&d, &bytes[i * 8], 8), d;
+        if (dtype == KDLAB_F32) return std::memcpy(&f, &bytes[i * 4], 4), f;
+        std::memcpy(&h, &bytes[i * 2], 2);
+        if (dtype == KDLAB_F16) return unhalf(h);
+        uint32_t b = static_cast<uint32_t>(h) << 16;
+        return std::memcpy(&f, &b, 4), f;
+    }
+
+    static uint16_t half(float f) {                    // truncates: any value will do, so long as both sides read it
+        if (f != f) return 0x7e00;
+        uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+        int e;
+        float m = std::frexp(std::fabs(f), &e);        // f = m 2^e, m in [0.5, 1)
+        if (std::isinf(f) || e > 16) return sign | 0x7c00;
+        if (e < -13) return sign;
+        return static_cast<uint16_t>(sign | ((e + 14) << 10) | static_cast<int>((2 * m - 1) * 1024));
+    }
+    static double unhalf(uint16_t h) {
+        int e = (h >> 10) & 31, m = h & 1023;
+        double x = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24);
+        return h & 0x8000 ? -x : x;
+    }
+};
+
+struct RowResult { double value; std::vector<double> grad; };
+
+// log softmax(x / T); all NaN where it has none
+std::vector<double> log_softmax(const std::vector<double>& x, double T) {
+    double top = -INFINITY, sum = 0;
+    bool bad = false;
+    for (double v : x) { bad |= std::isnan(v) || v == INFINITY; top = std::fmax(top, v); }
+    std::vector<double> out(x.size(), NAN);
+    if (bad || top == -INFINITY) return out;
+    for (double v : x) sum += std::exp((v - top) / T);
+    for (size_t i = 0; i < x.size(); ++i) out[i] = (x[i] - top) / T - std::log(sum);
+    return out;
+}
+
+double term(double a, double log_a, double log_b) { return a == 0 ? 0 : a * (log_a - log_b); }
+
+// The soft term of a row and d/d log q_c of it, by the definition; then through the softmax to the logits.
+RowResult soft(const std::vector<double>& s, const std::vector<double>& t, double T) {
+    std::vector<double> lp = log_softmax(t, T), lq = log_softmax(s, T);
+    RowResult r{0, std::vector<double>(s.size())};
+    for (size_t i = 0; i < s.size(); ++i) {
+        double p = std::exp(lp[i]), q = std::exp(lq[i]);
+        r.value += std::isnan(p + q) ? NAN : term(p, lp[i], lq[i]);
+        if (s[i] == -INFINITY && t[i] > -INFINITY) r.value += INFINITY;           // also where p underflows
+        r.grad[i] = (q - p) / T;
+    }
+    return r;
+}
+
+RowResult hard(const std::vector<double>& s, int64_t y) {
+    std::vector<double> lq = log_softmax(s, 1);
+    RowResult r{-lq[y], std::vector<double>(s.size())};
+    for (size_t i = 0; i < s.size(); ++i) r.grad[i] = std::exp(lq[i]) - (static_cast<int64_t>(i) == y);
+    return r;
+}
+
+[[noreturn]] void fail(const kdlab_soft_kl& a, const char* isa, const char* what, int64_t row, int64_t col, double got, double want) {
+    std::printf("FAILED %s at row %lld col %lld: got %.17g, want %.17g\n  %s dtype %d, %lld x %lld, strides %lld %lld, T %g, "
+                "kl %g ce %g, reduction %d\n", what, (long long)row, (long long)col, got, want, isa, a.dtype,
+                (long long)a.rows, (long long)a.cols, (long long)a.student_stride, (long long)a.teacher_stride, a.T,
+                a.kl_weight, a.ce_weight, a.reduction);
+    std::exit(1);
+}
+
+bool same(double got, double want, double tolerance) {
+    if (std::isnan(want)) return std::isnan(got);
+    if (std::isinf(want)) return got == want;
+    return std::fabs(got - want) <= tolerance;
+}
+
+void once(Random& r, const char* isa) {
+    static const int64_t columns[] = {0, 1, 2, 3, 7, 8, 10, 15, 16, 17, 31, 33, 40, 41, 63, 64, 65, 100, 252, 507, 1000, 1271, 2051};
+    static const double temperatures[] = {0.05, 0.5, 1, 4, 20, 100};
+    kdlab_soft_kl a = {};
+    a.dtype = static_cast<int>(pick(r, 4));
+    a.loss_dtype = a.dtype == KDLAB_F64 ? KDLAB_F64 : KDLAB_F32;
+    a.cols = columns[pick(r, sizeof columns / sizeof *columns)];
+    a.rows = pick(r, a.cols > 500 ? 6 : 40);
+    a.student_stride = a.cols + (chance(r, .3) ? pick(r, 9) : 0);
+    a.teacher_stride = a.cols + (chance(r, .3) ? pick(r, 9) : 0);
+    a.T = temperatures[pick(r, 6)];
+    a.kl_factor = chance(r, .5) ? a.T * a.T : 1;
+    a.kl_weight = chance(r, .2) ? 0 : 0.9;
+    a.ce_weight = chance(r, .5) && a.cols ? 0.4 : 0;
+    a.reduction = static_cast<int>(pick(r, 3));
+    a.normalizer = chance(r, .3) ? 7 : NAN;
+    a.ignore_index = -100;
+
+    // Exactly as many elements as the last row needs: a stride beyond it is not there.
+    auto elements = [&](int64_t stride) { return a.rows && a.cols ? (a.rows - 1) * stride + a.cols : 0; };
+    Array s(a.dtype, elements(a.student_stride)), t(a.dtype, elements(a.teacher_stride));
+    const double spread = chance(r, .2) ? 100 : 3, close = chance(r, .3) ? 1e-3 : spread, nasty = chance(r, .3) ? .02 : 0;
+    std::normal_distribution<> normal;
+    auto value = [&](double x) {
+        if (!chance(r, nasty)) return x;
+        static const double odd[] = {-INFINITY, -INFINITY, -INFINITY, INFINITY, NAN, 1e4, -1e4, 1e-40};
+        return odd[pick(r, 8)];
+    };
+    for (int64_t i = 0; i < a.rows; ++i)
+        for (int64_t j = 0; j < a.cols; ++j) {
+            double x = spread * normal(r);
+            t.set(i * a.teacher_stride + j, value(x));
+            s.set(i * a.student_stride + j, value(x + close * normal(r)));
+        }
+    std::vector<int64_t> target(a.rows);
+    std::unique_ptr<uint8_t[]> mask(new uint8_t[a.rows]);
+    for (int64_t i = 0; i < a.rows; ++i) {
+        target[i] = chance(r, .2) || !a.cols ? -100 : pick(r, a.cols);
+        mask[i] = !chance(r, .2);
+    }
+    const int64_t outs = a.reduction == KDLAB_NONE ? a.rows : 1;
+    Array row_weight(a.loss_dtype, a.rows), grad_in(a.loss_dtype, outs), grad(a.dtype, a.rows * a.cols), again(a.dtype, a.rows * a.cols);
+    Array kl(a.loss_dtype, a.rows), ce(a.loss_dtype, a.rows), out(a.loss_dtype, outs), out2(a.loss_dtype, outs);
+    for (int64_t i = 0; i < a.rows; ++i) row_weight.set(i, 0.5 + std::fabs(normal(r)));
+    for (int64_t i = 0; i < outs; ++i) grad_in.set(i, normal(r));
+
+    const bool weighted = chance(r, .3), scaled = chance(r, .3), masked = chance(r, .4), labelled = a.ce_weight != 0 || chance(r, .3);
+    a.student = s.bytes.get();
+    a.teacher = a.kl_weight != 0 ? t.bytes.get() : nullptr;
+    a.target = labelled ? target.data() : nullptr;
+    a.mask = masked ? mask.get() : nullptr;
+    a.row_weight = weighted ? row_weight.bytes.get() : nullptr;
+    a.grad_in = scaled ? grad_in.bytes.get() : nullptr;
+    a.grad = grad.bytes.get();
+    a.kl_rows = a.kl_weight != 0 ? kl.bytes.get() : nullptr;
+    a.ce_rows = a.ce_weight != 0 ? ce.bytes.get() : nullptr;
+    a.out = out.bytes.get();
+    a.threads = 1;
+    if (kdlab_soft_kl_cpu(&a) != -1) fail(a, isa, "labels", 0, 0, 0, 0);
+    kdlab_soft_kl b = a;
+    b.grad = again.bytes.get();
+    b.out = out2.bytes.get();
+    b.threads = 2;
+    kdlab_soft_kl_cpu(&b);
+    if (std::memcmp(out.bytes.get(), out2.bytes.get(), outs * out.size()) ||
+        std::memcmp(grad.bytes.get(), again.bytes.get(), a.rows * a.cols * grad.size()))
+        fail(a, isa, "threads", 0, 0, 0, 0);
+
+    int64_t valid = 0;
+    auto counts = [&](int64_t i) { return !(masked && !mask[i]) && !(labelled && target[i] == -100); };
+    for (int64_t i = 0; i < a.rows; ++i) valid += counts(i);
+    double denominator = a.reduction != KDLAB_MEAN ? 1 : std::isnan(a.normalizer) ? std::fmax(1.0, double(valid)) : a.normalizer;
+    const double eps = a.dtype == KDLAB_F64 ? 1e-11 : 4e-6;                       // close rows: the definition itself is so coarse
+    const double rounding = a.dtype == KDLAB_BF16 ? 4e-3 : a.dtype == KDLAB_F16 ? 5e-4 : 0;
+    double total = 0, size = 0;
+    for (int64_t i = 0; i < a.rows; ++i) {
+        std::vector<double> zs(a.cols), zt(a.cols);
+        for (int64_t j = 0; j < a.cols; ++j) zs[j] = s.get(i * a.student_stride + j), zt[j] = t.get(i * a.teacher_stride + j);
+        RowResult k{0, std::vector<double>(a.cols)}, c = k;
+        const bool count = counts(i);
+        if (count && a.cols && a.kl_weight != 0) k = soft(zs, zt, a.T);
+        if (count && a.cols && a.ce_weight != 0) c = hard(zs, target[i]);
+        double w = weighted ? row_weight.get(i) : 1, v = 0, far = 1 / a.T;
+        if (a.kl_weight != 0) v += a.kl_weight * a.kl_factor * k.value;
+        if (a.ce_weight != 0) v += a.ce_weight * c.value;
+        for (double z : zs) if (std::isfinite(z)) far = std::fmax(far, std::fabs(z) / a.T);
+        for (double z : zt) if (std::isfinite(z)) far = std::fmax(far, std::fabs(z) / a.T);
+        const double slack = eps * w * (a.kl_factor * (1 + far) + 1 + far * a.T);
+        total += w * v;
+        size += slack;
+        if (a.reduction == KDLAB_NONE && !same(out.get(i), w * v, slack)) fail(a, isa, "row", i, 0, out.get(i), w * v);
+        double g = (scaled ? grad_in.get(a.reduction == KDLAB_NONE ? i : 0) : 1) * (count ? w : 0) / denominator;
+        double limit = std::fabs(g) * (a.kl_weight * a.kl_factor / a.T + a.ce_weight), top = 0;
+        for (int64_t j = 0; j < a.cols; ++j) {
+            double want = count ? g * (a.kl_weight * a.kl_factor * k.grad[j] + a.ce_weight * c.grad[j]) : 0;
+            if (a.kl_weight == 0) want = count ? g * a.ce_weight * c.grad[j] : 0;
+            top = std::fmax(top, std::fabs(want));
+            if (a.dtype == KDLAB_F16 && !(std::fabs(want) < 6e4)) continue;       // overflows as it must
+            if (!same(grad.get(i * a.cols + j), want, eps * limit + rounding * std::fabs(want) + (a.dtype == KDLAB_F16 ? 1e-7 : 1e-37)))
+                fail(a, isa, "gradient", i, j, grad.get(i * a.cols + j), want);
+        }
+    }
+    if (a.reduction != KDLAB_NONE && !same(out.get(0), total / denominator, (size + 1e-7 * std::fabs(total)) / denominator))
+        fail(a, isa, "sum", 0, 0, out.get(0), total / denominator);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const double seconds = argc > 1 ? std::atof(argv[1]) : 10;
+    const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+    const auto start = std::chrono::steady_clock::now();
+    int64_t cases = 0;
+    while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds)
+        for (int i = 0; const char* isa = kdlab_isa_at(i); ++i, ++cases) {
+            kdlab_set_isa(isa);
+            Random r(seed * 1000003 + static_cast<uint64_t>(cases));
+            once(r, isa);
+        }
+    std::printf("%lld cases, no failure\n", static_cast<long long>(cases));
+}
