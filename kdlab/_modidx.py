@@ -419,6 +419,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'kdlab.placebos.smoothing': ('api/placebos.html#smoothing', 'kdlab/placebos.py')},
             'kdlab.reference': { 'kdlab.reference._difference': ('api/reference.html#_difference', 'kdlab/reference.py'),
                                  'kdlab.reference._far': ('api/reference.html#_far', 'kdlab/reference.py'),
+                                 'kdlab.reference._infinite': ('api/reference.html#_infinite', 'kdlab/reference.py'),
                                  'kdlab.reference._log_softmax': ('api/reference.html#_log_softmax', 'kdlab/reference.py'),
                                  'kdlab.reference._near': ('api/reference.html#_near', 'kdlab/reference.py'),
                                  'kdlab.reference._sum': ('api/reference.html#_sum', 'kdlab/reference.py'),

@@ -9,7 +9,7 @@ __all__ = ['forward_kl', 'cross_entropy', 'stable_forward_kl', 'stable_cross_ent
 import torch
 from torch import Tensor
 
-# %% ../nbs/api/01_reference.ipynb #adc9afb6
+# %% ../nbs/api/01_reference.ipynb #75dd3b06
 def forward_kl(
     student:Tensor, # logits, (..., C)
     teacher:Tensor, # logits, (..., C)
@@ -20,7 +20,13 @@ def forward_kl(
     log_q = (student / T).log_softmax(-1)
     p = log_p.exp()
     zero = p == 0
-    return (p * (log_p.masked_fill(zero, 0) - log_q.masked_fill(zero, 0))).sum(-1)
+    kl = (p * (log_p.masked_fill(zero, 0) - log_q.masked_fill(zero, 0))).sum(-1)
+    return kl + _infinite(student, teacher)
+
+def _infinite(student:Tensor, teacher:Tensor)->Tensor:
+    "+inf for rows with a class that only the student excludes, however small its p (it may underflow); else 0."
+    excludes_more = (student.isneginf() & ~teacher.isneginf()).any(-1)
+    return torch.zeros_like(excludes_more, dtype=student.dtype).masked_fill(excludes_more, torch.inf)
 
 # %% ../nbs/api/01_reference.ipynb #28726977
 def cross_entropy(
@@ -52,7 +58,7 @@ def _u_minus_log1p(u:Tensor)->Tensor:
     plain = u.where(~small, 1)
     return series.where(small, plain - plain.log1p())
 
-# %% ../nbs/api/01_reference.ipynb #2c47f325
+# %% ../nbs/api/01_reference.ipynb #83a1b283
 def _log_softmax(x:Tensor, T:float|Tensor)->Tensor:
     "log softmax(x / T): the largest logit goes first, then T, so that an offset of 10⁴ costs no digits."
     z = (x - x.detach().amax(-1, keepdim=True)) / T
@@ -63,7 +69,8 @@ def _far(s:Tensor, t:Tensor, T:float|Tensor)->Tensor:
     log_p, log_q = _log_softmax(t, T), _log_softmax(s, T)
     p = log_p.exp()
     zero = p == 0
-    return _sum(p * (log_p.masked_fill(zero, 0) - log_q.masked_fill(zero, 0)))
+    kl = _sum(p * (log_p.masked_fill(zero, 0) - log_q.masked_fill(zero, 0)))
+    return kl + _infinite(s, t)
 
 def _near(w:Tensor, t:Tensor, T:float|Tensor)->Tensor:
     "KL from the ratios, given w = (student - teacher) / T up to a shift."

@@ -247,6 +247,15 @@ def test_excluded_classes(backend, dtype):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_class_that_only_the_student_excludes_is_infinite_also_where_its_probability_underflows(backend, dtype):
+    s = torch.tensor([[0., 1., -INF]], dtype=dtype)
+    t = torch.tensor([[1e4, 0., -1e4]], dtype=dtype)
+    got, grad = value_and_grad(lambda x: forward_kl(x, t, backend=backend), s)
+    assert got == INF and grad.isfinite().all() and grad[0, 2] == 0
+
+
+@backends
 @dtypes
 def test_a_spoilt_row_spoils_no_other(backend, dtype):
     s, t = pair(6, 20, dtype=dtype)
