@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #6cea5012
+# %% ../../nbs/api/functional/00_functional.ipynb #0e6004a0
 from .divergences import forward_kl
+from .features import attention_transfer, channel_kl, cosine, hint
 
-# %% ../../nbs/api/functional/00_functional.ipynb #95dcec18
+# %% ../../nbs/api/functional/00_functional.ipynb #fbcde898
 __all__ = ["forward_kl"]
+__all__ += ["attention_transfer", "channel_kl", "cosine", "hint"]

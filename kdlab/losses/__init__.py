@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #9d8c0399
+# %% ../../nbs/api/losses/00_losses.ipynb #c41c5c6e
 from .objective import Loss, Objective, Part
 from .divergences import CrossEntropy, ForwardKL, SoftKL
+from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 
-# %% ../../nbs/api/losses/00_losses.ipynb #0bc8f8d1
+# %% ../../nbs/api/losses/00_losses.ipynb #73477992
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL"]
+__all__ += ["AttentionTransfer", "ChannelKL", "Cosine", "FeatureLoss", "Hint"]
