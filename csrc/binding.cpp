@@ -9,6 +9,8 @@
 
 namespace py = pybind11;
 
+void bind_features(py::module_& m);      // binding_features.cpp
+
 namespace {
 
 template <class T>
@@ -97,4 +99,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("scale", &scale, "grad *= factor in place, one factor or one per row.");
     m.def("info", &info, "Instruction set in use, those that run here, OpenMP, threads, compiler.");
     m.def("set_isa", &set_isa, "Use avx512, avx2 or base, or the best below it that this CPU has.");
+    bind_features(m);
 }

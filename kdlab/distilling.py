@@ -218,13 +218,15 @@ def _fill(model:nn.Module|None, state:dict)->nn.Module:
     except RuntimeError as e: raise ValueError(f"student= does not fit the saved weights: {e}") from None
     return model.eval()
 
-# %% ../nbs/api/04_distilling.ipynb #e2eb8bfe
+# %% ../nbs/api/04_distilling.ipynb #60ad0e83
 def _as_objective(losses, teacher)->Objective:
     "A loss, a list of losses or nothing, as an objective; Hinton's when nothing is given."
     if losses is None: losses = CrossEntropy() if teacher is None else 0.1 * CrossEntropy() + 0.9 * SoftKL(T=4)
     terms = list(losses) if isinstance(losses, (list, tuple)) else [losses]
     for term in terms:
         if not isinstance(term, Loss): raise TypeError(f"losses= takes kdlab losses such as 0.9 * kd.SoftKL(T=4), got {term!r}")
+        if any(loss.role == "feature" for _, loss in term.terms()):
+            raise ValueError(f"{term!r} compares features, and kd.distill hands out logits only: use it in your own loop")
     if not terms: raise ValueError("losses= is empty; leave it out for 0.1·CrossEntropy + 0.9·SoftKL(T=4)")
     return 1.0 * sum(terms)
 

@@ -271,6 +271,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path):
     (dict(epochs=0), ValueError, "epochs must be"),
     (dict(losses=[]), ValueError, "losses= is empty"),
     (dict(losses=[nn.MSELoss()]), TypeError, "kdlab losses"),
+    (dict(losses=kd.SoftKL() + kd.Hint()), ValueError, "features"),
     (dict(valid=None, patience=2), ValueError, "patience"),
     (dict(scheduler="step"), ValueError, "scheduler must be"),
     (dict(train=[("a", "b")]), TypeError, "a batch must be"),

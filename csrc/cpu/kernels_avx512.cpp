@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "feature_job.h"
 #include "half.h"
 #include "rows.h"
 #include "denormals.h"
@@ -28,8 +29,9 @@ namespace kdlab {
 #include "narrow_rows.h"
 #include "soft_kl.h"
 #include "scale.h"
+#include "features.h"
 
-const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale};
+const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features};
 }  // namespace kdlab
 
 #if defined(__clang__)

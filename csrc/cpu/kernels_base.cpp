@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "feature_job.h"
 #include "half.h"
 #include "rows.h"
 #include "denormals.h"
@@ -15,6 +16,7 @@ namespace kdlab {
 #include "narrow_rows.h"
 #include "soft_kl.h"
 #include "scale.h"
+#include "features.h"
 
-const Kernels kernels_base = {"base", base::soft_kl, base::scale};
+const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features};
 }  // namespace kdlab

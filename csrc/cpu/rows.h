@@ -55,12 +55,16 @@ struct Job : kdlab_soft_kl {
     }
 };
 
+struct FeatureJob;          // in feature_job.h
+
 // The kernels of one instruction set. Rows [begin, end); scratch holds scratch_bytes(cols), aligned to 64.
 struct Kernels {
     const char* name;
     void (*soft_kl)(const Job&, int64_t begin, int64_t end, void* scratch);
     void (*scale)(const kdlab_scale&, int64_t begin, int64_t end);
+    void (*features)(const FeatureJob&, int64_t begin, int64_t end, void* scratch);
 };
+const Kernels& kernels_in_use();
 
 constexpr int prefetch_ahead = 4096;        // bytes; hardware prefetchers alone leave a third of the bandwidth unused
 

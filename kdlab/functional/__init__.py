@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #232f5e1a
+# %% ../../nbs/api/functional/00_functional.ipynb #d774ee8f
 from .divergences import forward_kl
+from .features import attention_transfer, channel_kl, cosine, hint
 from .linear import linear_forward_kl
 
-# %% ../../nbs/api/functional/00_functional.ipynb #c8c9b8a4
-__all__ = ["forward_kl", "linear_forward_kl"]
+# %% ../../nbs/api/functional/00_functional.ipynb #cffb48ed
+__all__ = ["forward_kl", "linear_forward_kl", "attention_transfer", "channel_kl", "cosine", "hint"]

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #887c8fb1
+# %% ../../nbs/api/losses/00_losses.ipynb #756798c4
 from .objective import Loss, Objective, Part
 from .divergences import CrossEntropy, ForwardKL, SoftKL
+from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .linear import LinearForwardKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #e7c6b9b5
-__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "LinearForwardKL"]
+# %% ../../nbs/api/losses/00_losses.ipynb #338f03f0
+__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "LinearForwardKL",
+           "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint"]

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Number', 'live', 'Part', 'Loss', 'RowLoss', 'Objective']
 
-# %% ../../nbs/api/losses/01_objective.ipynb #58eddc95
+# %% ../../nbs/api/losses/01_objective.ipynb #0c343772
 import math
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from .. import ops
-from ..functional.contract import check_backend, check_reduction
+from ..functional.contract import check_backend, check_reduction, pick_target
 from ..functional.divergences import question
 
 # %% ../../nbs/api/losses/01_objective.ipynb #82f49e33
@@ -106,8 +106,16 @@ def _question(group, student, teacher, target, labels, mask, row_weight, normali
                     hard_weight=None if hard is None else hard[0], dim=loss.dim, ignore_index=loss.ignore_index,
                     row_weight=row_weight, reduction=loss.reduction, normalizer=normalizer, backend=loss.backend, **options)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #c53ba688
+# %% ../../nbs/api/losses/01_objective.ipynb #2e007207
+def _feature_answer(weight, loss, student, teacher, target, labels, mask, row_weight, normalizer)->Tensor:
+    "The weighted value of a loss that is not on rows of logits."
+    given = {"mask": mask, "row_weight": row_weight, "normalizer": normalizer}
+    value = loss(student, teacher, pick_target(target, labels), **{k: v for k, v in given.items() if v is not None})
+    return (weight * value).to(value.dtype)
+
+# %% ../../nbs/api/losses/01_objective.ipynb #00790585
 def _answer(group, *args)->Tensor:
+    if group[0][1].role == "feature": return _feature_answer(*group[0], *args)
     rows, q = _question(group, *args)
     return ops.answer(*rows, q, group[0][1].backend)
 
@@ -153,7 +161,7 @@ def _part_names(parts:dict[str, Part], taken:dict)->dict[str, Part]:
     count = lambda name: sum(k.split("#")[0] == name for k in taken)
     return {f"{name}#{count(name) + 1}" if count(name) else name: values for name, values in parts.items()}
 
-# %% ../../nbs/api/losses/01_objective.ipynb #0371fb6a
+# %% ../../nbs/api/losses/01_objective.ipynb #e097d2c7
 def _written(terms, spell)->str:
     "0.1·A + 0.9·B"
     text = "".join(f" {'-' if w < 0 else '+'} {'' if abs(w) == 1 else f'{abs(w):g}·'}{spell(loss)}"
@@ -162,10 +170,11 @@ def _written(terms, spell)->str:
 
 def _nothing(loss:Loss, student:Tensor)->Tensor:
     "0 in the loss's shape, with a live graph: what an objective without an active term is worth."
+    if loss.role == "feature": return loss.nothing(student)
     rows = student.narrow(loss.dim, 0, 0).sum(loss.dim, dtype=torch.promote_types(student.dtype, torch.float32))
     return rows if loss.reduction == "none" else rows.sum()
 
-# %% ../../nbs/api/losses/01_objective.ipynb #3e0363d9
+# %% ../../nbs/api/losses/01_objective.ipynb #f427e055
 class Objective(_Weighted):
     "A weighted sum of losses, called like one loss: `(student, teacher, target)`."
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
@@ -177,6 +186,10 @@ class Objective(_Weighted):
         "Each term's unweighted rows, detached, with its weight beside it."
         out = {}
         for group in _groups(self):
+            if group[0][1].role == "feature":
+                own = group[0][1].parts(student, teacher, target if labels is None else labels, mask=mask)
+                out |= _part_names({name: Part(float(group[0][0]), part.rows) for name, part in own.items()}, out)
+                continue
             rows, q = _question(group, student, teacher, target, labels, mask, None, None)
             s, t, y, m, _ = rows
             weights = {loss.term: float(w) for w, loss in group}

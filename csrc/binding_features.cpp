@@ -1,0 +1,43 @@
+// Python's door to the losses on features. The callers are in kdlab.feature_ops.
+#include <pybind11/pybind11.h>
+
+#include <tuple>
+
+#include "kdlab_features.h"
+
+namespace py = pybind11;
+
+namespace {
+
+typedef std::tuple<int64_t, int64_t, int64_t> Shape;
+
+template <class T>
+T* pointer(intptr_t address) { return reinterpret_cast<T*>(address); }
+
+void features(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_in, intptr_t grad, intptr_t out, int loss,
+              int dtype, int loss_dtype, int64_t samples, Shape student_shape, Shape teacher_shape, int reduction,
+              int threads) {
+    kdlab_features a;
+    a.student = pointer<const void>(student);
+    a.teacher = pointer<const void>(teacher);
+    a.mask = pointer<const uint8_t>(mask);
+    a.grad_in = pointer<const void>(grad_in);
+    a.grad = pointer<void>(grad);
+    a.out = pointer<void>(out);
+    a.loss = loss;
+    a.dtype = dtype;
+    a.loss_dtype = loss_dtype;
+    a.samples = samples;
+    std::tie(a.student_shape[0], a.student_shape[1], a.student_shape[2]) = student_shape;
+    std::tie(a.teacher_shape[0], a.teacher_shape[1], a.teacher_shape[2]) = teacher_shape;
+    a.reduction = reduction;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    kdlab_features_cpu(&a);
+}
+
+}  // namespace
+
+void bind_features(py::module_& m) {
+    m.def("features", &features, "Losses on features, a value for each sample; see csrc/kdlab_features.h.");
+}

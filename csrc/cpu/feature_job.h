@@ -1,0 +1,34 @@
+// What the kernels of feature losses share: one call, with what follows from its arguments worked out once.
+#pragma once
+#include <algorithm>
+
+#include "../kdlab_features.h"
+#include "rows.h"
+
+namespace kdlab {
+
+struct FeatureJob : kdlab_features {
+    int64_t student_size, teacher_size;     // elements of a sample
+    bool stream;                            // the gradient outgrows the cache: write it past the cache
+    double denominator;                     // of the mean, else 1
+    double* values;                         // [samples]
+
+    bool counts(int64_t i) const { return !mask || mask[i]; }
+
+    // d(out) / d(value of sample i), times the incoming gradient
+    double grad_scale(int64_t i) const {
+        return (grad_in ? at(grad_in, loss_dtype, reduction == KDLAB_NONE ? i : 0) : 1.0) / denominator;
+    }
+
+    // Attention: pixels of the maps, and of the smaller map that they are compared on
+    int64_t student_pixels() const { return student_shape[1] * student_shape[2]; }
+    int64_t teacher_pixels() const { return teacher_shape[1] * teacher_shape[2]; }
+    int64_t height() const { return std::min(student_shape[1], teacher_shape[1]); }
+    int64_t width() const { return std::min(student_shape[2], teacher_shape[2]); }
+
+    // Six maps of double, each with room for a whole vector at its end
+    int64_t map_room() const { return (std::max(student_pixels(), teacher_pixels()) + 15) / 16 * 16; }
+    size_t scratch_bytes() const { return loss == KDLAB_ATTENTION ? 6 * sizeof(double) * map_room() : 0; }
+};
+
+}  // namespace kdlab

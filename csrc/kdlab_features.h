@@ -1,0 +1,37 @@
+// The C interface of the losses on features: beside kdlab.h, in the same manner. A null pointer means "absent".
+#pragma once
+#include "kdlab.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum kdlab_feature_loss {
+    KDLAB_HINT = 0,             // mean of (s - t)^2
+    KDLAB_DIRECTION = 1,        // mean of (s/|s| - t/|t|)^2
+    KDLAB_COSINE = 2,           // 1 - cos(s, t)
+    KDLAB_ATTENTION = 3         // mean of (a_s - a_t)^2, a = m/|m| over space, m = channel mean of squares
+};
+
+// A value for each sample, forward and gradient. The first three see a sample as one vector; attention pools the maps to
+// the smaller of both heights and widths (adaptive averages), and the channels may differ.
+typedef struct kdlab_features {
+    const void* student;        // [samples, student_shape], contiguous
+    const void* teacher;        // [samples, teacher_shape], contiguous, same dtype
+    const uint8_t* mask;        // [samples]; 1: the sample counts
+    const void* grad_in;        // loss[1], or loss[samples] without reduction: incoming gradient
+    void* grad;                 // [samples, student_shape], contiguous, dtype of the student
+    void* out;                  // loss[1], or loss[samples] without reduction
+    int loss;
+    int dtype, loss_dtype;
+    int64_t samples;
+    int64_t student_shape[3], teacher_shape[3];     // channels, height, width
+    int reduction;              // the mean divides by the samples that count
+    int threads;
+} kdlab_features;
+
+void kdlab_features_cpu(const kdlab_features* a);
+
+#ifdef __cplusplus
+}
+#endif
