@@ -34,7 +34,7 @@ def threads()->int: # threads a kernel may use
     "torch's own thread count; 1 in a forked child, where a parallel region can hang."
     return 1 if _forked else torch.get_num_threads()
 
-# %% ../nbs/api/02_ops.ipynb #d37a80d9
+# %% ../nbs/api/02_ops.ipynb #47e609a5
 class Question(NamedTuple):
     "What to compute over the rows of two tensors of logits; all but the tensors."
     T: float|Tensor = 1. # temperature
@@ -47,7 +47,7 @@ class Question(NamedTuple):
     use_ce: bool = False # is there a hard term? (a weight may be a tensor, so 0 does not tell)
     use_kl: bool = True # is there a soft term?
     kind: str = "forward_kl" # which divergence
-    mix: float = 0. # beta of jsd, alpha of the skew ones
+    mix: float = 0. # beta of jsd, alpha of the skew ones, 1 where logit_mse centres
 
 # %% ../nbs/api/02_ops.ipynb #15baeb68
 def _valid(target:Tensor|None, mask:Tensor|None, ignore_index:int)->Tensor|None:
@@ -62,14 +62,14 @@ def _denominator(valid:Tensor|None, rows:Tensor, q:Question)->float|Tensor:
     if valid is None: return max(1, rows.numel())
     return valid.sum().clamp(min=1)
 
-# %% ../nbs/api/02_ops.ipynb #82266419
+# %% ../nbs/api/02_ops.ipynb #5bfec549
 def _wide(student:Tensor, teacher:Tensor|None)->torch.dtype:
     "What plain torch computes in: float64 on the CPU, where it need not be fast; else float32 or the widest input."
     if student.device.type == "cpu": return torch.float64
     wide = torch.promote_types(student.dtype, torch.float32)
     return wide if teacher is None else torch.promote_types(wide, teacher.dtype)
 
-_MIXED = "jsd", "skew_kl", "skew_reverse_kl" # the divergences that take Question.mix
+_MIXED = "jsd", "skew_kl", "skew_reverse_kl", "logit_mse" # the divergences that take Question.mix
 
 def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)->dict[str, Tensor]:
     "The unweighted terms, a value a row each."
@@ -308,7 +308,7 @@ def _as_operator()->bool:
     "Must the call be visible as an operator (compile, export, fake tensors, dispatch modes)?"
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
-# %% ../nbs/api/02_ops.ipynb #8d730d6f
+# %% ../nbs/api/02_ops.ipynb #2138faa4
 BACKENDS = "auto", "torch", "cpp", "cuda"
 
 def _needs_reference(student, teacher, row_weight, q)->str|None:
@@ -316,6 +316,7 @@ def _needs_reference(student, teacher, row_weight, q)->str|None:
     if _C is None: return f"the compiled core is not built ({core_missing})"
     if student.device.type != "cpu": return f"the logits are on {student.device}"
     if student.dtype not in _CODES: return f"it has no kernel for {student.dtype}"
+    if q.kind not in _KINDS: return f"it has no kernel for {q.kind}"
     if teacher is not None and (teacher.requires_grad or teacher.dtype not in _CODES):
         return "the teacher needs a gradient (detach_teacher=False)"
     if isinstance(q.T, Tensor) and q.T.requires_grad: return "the temperature is learnable"

@@ -39,6 +39,8 @@ def question(
     T:float|Tensor=1.0, t_squared:bool=True, dim:int=-1, mask:Tensor|None=None, ignore_index:int=-100,
     row_weight:Tensor|None=None, reduction:str="mean", normalizer:float|Tensor|None=None,
     detach_teacher:bool=True, backend:str="auto",
+    kind:str="forward_kl", # the name of the divergence in this module
+    mix:float=0.0, # its beta or alpha; for logit_mse 1 to centre
 )->tuple[tuple, ops.Question]: # (student, teacher, target, mask, row_weight), and what to compute
     "Check every argument of a loss on rows of logits and put the question that `ops` answers."
     check_temperature(T)
@@ -49,7 +51,7 @@ def question(
     rows = _rows(student, teacher, target, mask, row_weight, dim, detach_teacher)
     hard, soft = hard_weight is not None, teacher is not None
     return rows, ops.Question(T, t_squared, soft_weight if soft else 0., hard_weight if hard else 0., ignore_index,
-                              reduction, normalizer, hard, soft)
+                              reduction, normalizer, hard, soft, kind, mix)
 
 # %% ../../nbs/api/functional/02_divergences.ipynb #7aba5915
 def forward_kl(
