@@ -9,13 +9,14 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #0fdb9393
+# %% ../nbs/api/00_kdlab.ipynb #8c95b1b8
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
 # Where each public name lives.
 _HOMES = {
-    "kdlab.losses": "Loss Objective Part ForwardKL SoftKL CrossEntropy",
+    "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
+                    "SoftCrossEntropy LogitMSE",
     "kdlab.distilling": "distill Run load frozen predict",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",

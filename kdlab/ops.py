@@ -115,11 +115,12 @@ def _loss_dtype(student:Tensor, teacher:Tensor|None)->torch.dtype:
     double = student.dtype == torch.float64 or (teacher is not None and teacher.dtype == torch.float64)
     return torch.float64 if double else torch.float32
 
-# %% ../nbs/api/02_ops.ipynb #723d4892
+# %% ../nbs/api/02_ops.ipynb #7c934832
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _KINDS = {k: i for i, k in enumerate(("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
                                       "soft_cross_entropy"))}
+_KERNELS = "forward_kl", # those that the compiled core computes
 
 def _rows_of(x:Tensor)->tuple[Tensor, int]:
     "A tensor whose rows lie at one stride, and that stride; a copy only if the layout leaves no other way."
@@ -308,7 +309,7 @@ def _as_operator()->bool:
     "Must the call be visible as an operator (compile, export, fake tensors, dispatch modes)?"
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
-# %% ../nbs/api/02_ops.ipynb #2138faa4
+# %% ../nbs/api/02_ops.ipynb #a10e0c5d
 BACKENDS = "auto", "torch", "cpp", "cuda"
 
 def _needs_reference(student, teacher, row_weight, q)->str|None:
@@ -316,7 +317,7 @@ def _needs_reference(student, teacher, row_weight, q)->str|None:
     if _C is None: return f"the compiled core is not built ({core_missing})"
     if student.device.type != "cpu": return f"the logits are on {student.device}"
     if student.dtype not in _CODES: return f"it has no kernel for {student.dtype}"
-    if q.kind not in _KINDS: return f"it has no kernel for {q.kind}"
+    if q.kind not in _KERNELS: return f"it has no kernel for {q.kind}"
     if teacher is not None and (teacher.requires_grad or teacher.dtype not in _CODES):
         return "the teacher needs a gradient (detach_teacher=False)"
     if isinstance(q.T, Tensor) and q.T.requires_grad: return "the temperature is learnable"

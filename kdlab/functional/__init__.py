@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #6cea5012
-from .divergences import forward_kl
+# %% ../../nbs/api/functional/00_functional.ipynb #9cc12cdf
+from .divergences import (
+    forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
 
-# %% ../../nbs/api/functional/00_functional.ipynb #95dcec18
-__all__ = ["forward_kl"]
+# %% ../../nbs/api/functional/00_functional.ipynb #eea0046a
+__all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
+           "logit_mse"]

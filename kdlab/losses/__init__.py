@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #9d8c0399
+# %% ../../nbs/api/losses/00_losses.ipynb #415aa166
 from .objective import Loss, Objective, Part
-from .divergences import CrossEntropy, ForwardKL, SoftKL
+from .divergences import (
+    CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
 
-# %% ../../nbs/api/losses/00_losses.ipynb #0bc8f8d1
-__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL"]
+# %% ../../nbs/api/losses/00_losses.ipynb #90c316c8
+__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
+           "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE"]
