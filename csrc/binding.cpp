@@ -20,7 +20,7 @@ int64_t soft_kl(intptr_t student, intptr_t teacher, intptr_t target, intptr_t ma
                 intptr_t grad_in, intptr_t grad, intptr_t kl_rows, intptr_t ce_rows, intptr_t out, int dtype,
                 int loss_dtype, int64_t rows, int64_t cols, int64_t student_stride, int64_t teacher_stride, double T,
                 double kl_factor, double kl_weight, double ce_weight, int reduction, double normalizer,
-                int64_t ignore_index, int threads) {
+                int64_t ignore_index, int threads, int kind, double mix) {
     kdlab_soft_kl a;
     a.student = pointer<const void>(student);
     a.teacher = pointer<const void>(teacher);
@@ -46,6 +46,8 @@ int64_t soft_kl(intptr_t student, intptr_t teacher, intptr_t target, intptr_t ma
     a.normalizer = normalizer;
     a.ignore_index = ignore_index;
     a.threads = threads;
+    a.kind = kind;
+    a.mix = mix;
     py::gil_scoped_release release;
     return kdlab_soft_kl_cpu(&a);
 }
@@ -95,7 +97,12 @@ void set_isa(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled core of kdlab: addresses and sizes in, no tensors.";
-    m.def("soft_kl", &soft_kl, "Softened forward KL with optional cross-entropy; see csrc/kdlab.h.");
+    using namespace py::literals;
+    m.def("soft_kl", &soft_kl, "Softened divergence with optional cross-entropy; see csrc/kdlab.h.", "student"_a,
+          "teacher"_a, "target"_a, "mask"_a, "row_weight"_a, "grad_in"_a, "grad"_a, "kl_rows"_a, "ce_rows"_a, "out"_a,
+          "dtype"_a, "loss_dtype"_a, "rows"_a, "cols"_a, "student_stride"_a, "teacher_stride"_a, "T"_a, "kl_factor"_a,
+          "kl_weight"_a, "ce_weight"_a, "reduction"_a, "normalizer"_a, "ignore_index"_a, "threads"_a, "kind"_a = 0,
+          "mix"_a = 0.0);
     m.def("scale", &scale, "grad *= factor in place, one factor or one per row.");
     m.def("info", &info, "Instruction set in use, those that run here, OpenMP, threads, compiler.");
     m.def("set_isa", &set_isa, "Use avx512, avx2 or base, or the best below it that this CPU has.");

@@ -8,6 +8,10 @@ extern "C" {
 #endif
 
 enum kdlab_dtype { KDLAB_F32 = 0, KDLAB_F64 = 1, KDLAB_BF16 = 2, KDLAB_F16 = 3 };
+enum kdlab_kind {
+    KDLAB_FORWARD_KL = 0, KDLAB_REVERSE_KL = 1, KDLAB_JSD = 2, KDLAB_SKEW_KL = 3, KDLAB_SKEW_REVERSE_KL = 4,
+    KDLAB_TOTAL_VARIATION = 5, KDLAB_SOFT_CROSS_ENTROPY = 6
+};
 enum kdlab_reduction { KDLAB_NONE = 0, KDLAB_SUM = 1, KDLAB_MEAN = 2 };
 
 // Softened forward KL with an optional hard cross-entropy, forward and gradient in one sweep. The value of a row is
@@ -35,6 +39,8 @@ typedef struct kdlab_soft_kl {
     double normalizer;          // denominator of the mean; NaN: the number of rows that count
     int64_t ignore_index;       // a row with this target does not count
     int threads;
+    int kind;                   // which divergence takes the place of KL
+    double mix;                 // beta of jsd, alpha of the skew ones
 } kdlab_soft_kl;
 
 // Returns -1, or the first row that counts and whose label lies outside [0, cols): then nothing is written.

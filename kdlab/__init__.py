@@ -9,13 +9,14 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #686746b4
+# %% ../nbs/api/00_kdlab.ipynb #fe703ea1
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
 # Where each public name lives.
 _HOMES = {
-    "kdlab.losses": "Loss Objective Part ForwardKL SoftKL CrossEntropy LinearForwardKL",
+    "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
+                    "SoftCrossEntropy LogitMSE LinearForwardKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.distilling": "distill Run load frozen predict",

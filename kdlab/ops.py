@@ -34,18 +34,20 @@ def threads()->int: # threads a kernel may use
     "torch's own thread count; 1 in a forked child, where a parallel region can hang."
     return 1 if _forked else torch.get_num_threads()
 
-# %% ../nbs/api/02_ops.ipynb #d2b51eb4
+# %% ../nbs/api/02_ops.ipynb #47e609a5
 class Question(NamedTuple):
     "What to compute over the rows of two tensors of logits; all but the tensors."
     T: float|Tensor = 1. # temperature
-    t_squared: bool = True # multiply KL by T²
-    kl_weight: float|Tensor = 1. # weight of KL(teacher || student)
+    t_squared: bool = True # multiply the divergence by T²
+    kl_weight: float|Tensor = 1. # weight of the divergence
     ce_weight: float|Tensor = 0. # weight of the labels' cross-entropy
     ignore_index: int = -100 # rows with this label count in no term
     reduction: str = "mean" # none, sum or mean
     normalizer: float|Tensor|None = None # replaces the denominator of mean
     use_ce: bool = False # is there a hard term? (a weight may be a tensor, so 0 does not tell)
     use_kl: bool = True # is there a soft term?
+    kind: str = "forward_kl" # which divergence
+    mix: float = 0. # beta of jsd, alpha of the skew ones, 1 where logit_mse centres
 
 # %% ../nbs/api/02_ops.ipynb #15baeb68
 def _valid(target:Tensor|None, mask:Tensor|None, ignore_index:int)->Tensor|None:
@@ -60,16 +62,23 @@ def _denominator(valid:Tensor|None, rows:Tensor, q:Question)->float|Tensor:
     if valid is None: return max(1, rows.numel())
     return valid.sum().clamp(min=1)
 
-# %% ../nbs/api/02_ops.ipynb #5b4429f9
+# %% ../nbs/api/02_ops.ipynb #5bfec549
+def _wide(student:Tensor, teacher:Tensor|None)->torch.dtype:
+    "What plain torch computes in: float64 on the CPU, where it need not be fast; else float32 or the widest input."
+    if student.device.type == "cpu": return torch.float64
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return wide if teacher is None else torch.promote_types(wide, teacher.dtype)
+
+_MIXED = "jsd", "skew_kl", "skew_reverse_kl", "logit_mse" # the divergences that take Question.mix
+
 def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)->dict[str, Tensor]:
     "The unweighted terms, a value a row each."
-    wide = torch.promote_types(student.dtype, torch.float32)
-    if teacher is not None: wide = torch.promote_types(wide, teacher.dtype)
+    wide, out = _wide(student, teacher), {}
     student = student.to(wide)
-    out = {}
     if q.use_kl:
-        kl = reference.stable_forward_kl(student, teacher.to(wide), q.T)
-        out["forward_kl"] = kl * q.T**2 if q.t_squared else kl
+        divergence = getattr(reference, f"stable_{q.kind}")
+        rows = divergence(student, teacher.to(wide), q.T, *[q.mix] * (q.kind in _MIXED))
+        out[q.kind] = rows * q.T**2 if q.t_squared else rows
     if q.use_ce: out["cross_entropy"] = reference.stable_cross_entropy(student, target)
     return out
 
@@ -86,14 +95,14 @@ def torch_rows(student, teacher, target, mask, q:Question)->tuple[dict[str, Tens
     if valid is not None: terms = {k: v.masked_fill(~valid, 0) for k, v in terms.items()}
     return terms, valid
 
-# %% ../nbs/api/02_ops.ipynb #3ea5cf4b
+# %% ../nbs/api/02_ops.ipynb #a550c246
 def torch_loss(student, teacher, target, mask, row_weight, q:Question)->Tensor:
     "The whole question in plain torch: differentiable as often as you like, in every argument."
     if student.device.type != "mps" and torch.is_autocast_enabled(student.device.type):
         with torch.autocast(student.device.type, enabled=False):
             return torch_loss(student, teacher, target, mask, row_weight, q)
     terms, valid = torch_rows(student, teacher, target, mask, q)
-    weights = {"forward_kl": q.kl_weight, "cross_entropy": q.ce_weight}
+    weights = {q.kind: q.kl_weight, "cross_entropy": q.ce_weight}
     rows = sum(weights[k] * v for k, v in terms.items())
     if row_weight is not None: rows = rows * row_weight
     if q.reduction == "sum": rows = rows.sum()
@@ -106,9 +115,12 @@ def _loss_dtype(student:Tensor, teacher:Tensor|None)->torch.dtype:
     double = student.dtype == torch.float64 or (teacher is not None and teacher.dtype == torch.float64)
     return torch.float64 if double else torch.float32
 
-# %% ../nbs/api/02_ops.ipynb #0b46fd40
+# %% ../nbs/api/02_ops.ipynb #7c934832
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+_KINDS = {k: i for i, k in enumerate(("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
+                                      "soft_cross_entropy"))}
+_KERNELS = "forward_kl", # those that the compiled core computes
 
 def _rows_of(x:Tensor)->tuple[Tensor, int]:
     "A tensor whose rows lie at one stride, and that stride; a copy only if the layout leaves no other way."
@@ -121,7 +133,7 @@ def _rows_of(x:Tensor)->tuple[Tensor, int]:
 def _address(x:Tensor|None)->int:
     return 0 if x is None else x.data_ptr()
 
-# %% ../nbs/api/02_ops.ipynb #03b80d5f
+# %% ../nbs/api/02_ops.ipynb #2383eaae
 class _Call:
     "One call of the kernel: inputs laid out once, used by forward and, if need be, again by backward."
     __slots__ = "student", "teacher", "target", "mask", "row_weight", "q", "rows", "cols", "strides", "dtype", "loss_dtype"
@@ -150,7 +162,7 @@ class _Call:
             _address(self.row_weight), _address(grad_in), _address(grad), _address(kl_rows), _address(ce_rows),
             _address(out), _CODES[self.dtype], _CODES[self.loss_dtype], self.rows, self.cols, *self.strides,
             T, T * T if q.t_squared else 1., float(q.kl_weight), float(q.ce_weight),
-            _REDUCTIONS[q.reduction], normalizer, q.ignore_index, threads())
+            _REDUCTIONS[q.reduction], normalizer, q.ignore_index, threads(), _KINDS[q.kind], q.mix)
 
     def empty_rows(self)->Tensor:
         return torch.empty(self.student.shape[:-1], dtype=self.loss_dtype, device=self.student.device)
@@ -224,13 +236,14 @@ def _spoil_bad_labels(student:Tensor, target:Tensor, q:Question)->tuple[Tensor, 
     bad = (target != q.ignore_index) & ((target < 0) | (target >= student.shape[-1]))
     return student.masked_fill(bad.unsqueeze(-1), torch.nan), target.masked_fill(bad, 0)
 
-# %% ../nbs/api/02_ops.ipynb #7ead840c
+# %% ../nbs/api/02_ops.ipynb #ee47aaeb
 @torch.library.custom_op("kdlab::soft_kl", mutates_args=(), device_types="cpu")
 def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None, row_weight:Tensor|None,
                T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None, t_squared:bool, ignore_index:int,
-               reduction:str, use_ce:bool, use_kl:bool, need_grad:bool)->tuple[Tensor, Tensor]:
+               reduction:str, use_ce:bool, use_kl:bool, need_grad:bool, kind:str="forward_kl", mix:float=0.
+               )->tuple[Tensor, Tensor]:
     "Loss and gradient of `Question` as one operator; the gradient is empty if nobody needs it."
-    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl)
+    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl, kind, mix)
     call = _Call(student, teacher, target, mask, row_weight, q)
     out, grad = call.empty_out(), call.empty_grad() if need_grad else None
     if call(out=out, grad=grad) >= 0:
@@ -238,20 +251,21 @@ def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Ten
         _Call(student, teacher, target, mask, row_weight, q)(out=out, grad=grad)
     return out, student.new_empty(0) if grad is None else grad.to(student.dtype)
 
-# %% ../nbs/api/02_ops.ipynb #a8489f3c
+# %% ../nbs/api/02_ops.ipynb #0a90f831
 @soft_kl_op.register_fake
 def _(student, teacher, target, mask, row_weight, T, kl_weight, ce_weight, normalizer, t_squared, ignore_index,
-      reduction, use_ce, use_kl, need_grad):
+      reduction, use_ce, use_kl, need_grad, kind="forward_kl", mix=0.):
     out = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(student, teacher))
     return out, student.new_empty(student.shape if need_grad else 0)
 
-# %% ../nbs/api/02_ops.ipynb #35c3b334
+# %% ../nbs/api/02_ops.ipynb #0dfc6597
 @torch.library.custom_op("kdlab::soft_kl_backward", mutates_args=(), device_types="cpu")
 def soft_kl_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None,
                         row_weight:Tensor|None, T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None,
-                        t_squared:bool, ignore_index:int, reduction:str, use_ce:bool, use_kl:bool)->Tensor:
+                        t_squared:bool, ignore_index:int, reduction:str, use_ce:bool, use_kl:bool,
+                        kind:str="forward_kl", mix:float=0.)->Tensor:
     "The gradient alone, with the incoming one folded in before rounding: what float16 needs."
-    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl)
+    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl, kind, mix)
     if use_ce: student, target = _spoil_bad_labels(student, target, q)
     call = _Call(student, teacher, target, mask, row_weight, q)
     grad = call.empty_grad()
@@ -261,17 +275,17 @@ def soft_kl_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor|None, ta
 @soft_kl_backward_op.register_fake
 def _(grad_out, student, *args): return student.new_empty(student.shape)
 
-# %% ../nbs/api/02_ops.ipynb #659ef1b3
+# %% ../nbs/api/02_ops.ipynb #5ab2eeda
 def _setup(ctx, inputs, output):
-    *ctx.args, need_grad = inputs
-    tensors = [x for x in ctx.args if isinstance(x, Tensor)]
-    ctx.args = [None if isinstance(x, Tensor) else x for x in ctx.args]
-    ctx.where = [i for i, x in enumerate(inputs[:-1]) if isinstance(x, Tensor)]
-    ctx.stored = need_grad
+    ctx.stored = inputs[14]
+    args = inputs[:14] + inputs[15:] # the backward operator takes the same ones, except need_grad
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    ctx.args = [None if isinstance(x, Tensor) else x for x in args]
+    ctx.where = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *(tensors if not ctx.stored else ()))
 
-# %% ../nbs/api/02_ops.ipynb #f14c2039
+# %% ../nbs/api/02_ops.ipynb #275a1b75
 def _backward(ctx, grad_out, _):
     grad, *tensors = ctx.saved_tensors
     if ctx.stored: grad = (grad * (grad_out.unsqueeze(-1) if grad_out.dim() else grad_out)).to(grad.dtype)
@@ -279,7 +293,7 @@ def _backward(ctx, grad_out, _):
         args = list(ctx.args)
         for i, x in zip(ctx.where, tensors): args[i] = x
         grad = soft_kl_backward_op(grad_out, *args)
-    return grad, *[None] * 14
+    return grad, *[None] * 16
 
 soft_kl_op.register_autograd(_backward, setup_context=_setup)
 
@@ -295,7 +309,7 @@ def _as_operator()->bool:
     "Must the call be visible as an operator (compile, export, fake tensors, dispatch modes)?"
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
-# %% ../nbs/api/02_ops.ipynb #8d730d6f
+# %% ../nbs/api/02_ops.ipynb #a10e0c5d
 BACKENDS = "auto", "torch", "cpp", "cuda"
 
 def _needs_reference(student, teacher, row_weight, q)->str|None:
@@ -303,6 +317,7 @@ def _needs_reference(student, teacher, row_weight, q)->str|None:
     if _C is None: return f"the compiled core is not built ({core_missing})"
     if student.device.type != "cpu": return f"the logits are on {student.device}"
     if student.dtype not in _CODES: return f"it has no kernel for {student.dtype}"
+    if q.kind not in _KERNELS: return f"it has no kernel for {q.kind}"
     if teacher is not None and (teacher.requires_grad or teacher.dtype not in _CODES):
         return "the teacher needs a gradient (detach_teacher=False)"
     if isinstance(q.T, Tensor) and q.T.requires_grad: return "the temperature is learnable"
@@ -321,7 +336,7 @@ def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp" or "torch
     if backend == "cpp": raise ValueError(f"backend='cpp' cannot run here: {why}; use backend='auto' or 'torch'")
     return "torch"
 
-# %% ../nbs/api/02_ops.ipynb #a8caca0a
+# %% ../nbs/api/02_ops.ipynb #9d31b17d
 def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="auto")->Tensor:
     "The reduced loss (or the rows, for reduction 'none') from the backend that suits."
     need_grad = torch.is_grad_enabled() and student.requires_grad
@@ -335,7 +350,7 @@ def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="
         need = need_grad and student.dtype != torch.float16
         return soft_kl_op(student, teacher, target, mask, row_weight, _number(q.T), _number(q.kl_weight),
                           _number(q.ce_weight), normalizer, q.t_squared, q.ignore_index, q.reduction, q.use_ce,
-                          q.use_kl, need)[0]
+                          q.use_kl, need, q.kind, q.mix)[0]
     if need_grad: return _SoftKL.apply(student, teacher, target, mask, row_weight, q)
     call = _Call(student, teacher, target, mask, row_weight, q)
     out = call.empty_out()
@@ -343,7 +358,7 @@ def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="
     if bad >= 0: _raise_bad_label(bad, target, call.cols)
     return out
 
-# %% ../nbs/api/02_ops.ipynb #01d7f8ea
+# %% ../nbs/api/02_ops.ipynb #9240d971
 def row_terms(student, teacher, target, mask, q:Question, backend:str="auto")->dict[str, Tensor]:
     "The unweighted terms of every row, detached, from the same kernel call that computes the loss."
     student = student.detach()
@@ -352,7 +367,7 @@ def row_terms(student, teacher, target, mask, q:Question, backend:str="auto")->d
             terms, _ = torch_rows(student, teacher, target, mask, q)
             return {k: v.to(_loss_dtype(student, teacher)) for k, v in terms.items()}
     call = _Call(student, teacher, target, mask, None, q)
-    rows = {k: call.empty_rows() for k, use in (("forward_kl", q.use_kl), ("cross_entropy", q.use_ce)) if use}
-    bad = call(kl_rows=rows.get("forward_kl"), ce_rows=rows.get("cross_entropy"))
+    rows = {k: call.empty_rows() for k, use in ((q.kind, q.use_kl), ("cross_entropy", q.use_ce)) if use}
+    bad = call(kl_rows=rows.get(q.kind), ce_rows=rows.get("cross_entropy"))
     if bad >= 0: _raise_bad_label(bad, target, call.cols)
     return rows

@@ -1,5 +1,6 @@
 """The public contract (DESIGN section 3) over every row loss, backend, dtype, mask and layout."""
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -37,39 +38,113 @@ def value_and_grad(f, student):
     return value.detach(), torch.autograd.grad(value.sum(), student)[0]
 
 
-def oracle(student, teacher, T, t_squared=True):
-    "KL(teacher || student) by row in float64, and d(sum of rows)/d student, both from the definition."
-    rows, grad = value_and_grad(lambda s: reference.forward_kl(s, teacher.double(), T), student.double())
-    factor = T * T if t_squared else 1.0
+class Case:
+    "A row loss with its own options: the function, its module, and its two readings in the reference, called alike."
+    def __init__(self, name, module, **options):
+        self.name, self.options, self.has_T = name, options, name != "logit_mse"
+        self.module = functools.partial(module, **options)
+        self.mix = tuple(options.values())
+
+    def __repr__(self): return "-".join([self.name, *(f"{x:g}" for x in self.mix)])
+
+    def __call__(self, s, t, *args, **options):
+        if not self.has_T: options.pop("T", None), options.pop("t_squared", None)
+        return getattr(kd.functional, self.name)(s, t, *args, **self.options, **options)
+
+    def read(self, reading, s, t, T):
+        return getattr(reference, reading + self.name)(s, t, T if self.has_T else 1.0, *self.mix)
+
+
+LOSSES = [Case("forward_kl", kd.ForwardKL), Case("reverse_kl", kd.ReverseKL), Case("jsd", kd.JSD, beta=0.5),
+          Case("jsd", kd.JSD, beta=0.1), Case("skew_kl", kd.SkewKL, alpha=0.1), Case("skew_kl", kd.SkewKL, alpha=0.7),
+          Case("skew_reverse_kl", kd.SkewReverseKL, alpha=0.1), Case("skew_reverse_kl", kd.SkewReverseKL, alpha=0.7),
+          Case("total_variation", kd.TotalVariation), Case("soft_cross_entropy", kd.SoftCrossEntropy),
+          Case("logit_mse", kd.LogitMSE, center=False), Case("logit_mse", kd.LogitMSE, center=True)]
+FORWARD = LOSSES[0]
+
+
+def runs(loss, backend):
+    "Does this backend know the loss?"
+    try: loss(torch.zeros(1, 2), torch.zeros(1, 2), backend=backend)
+    except ValueError as e: return "no kernel" not in str(e)
+    return True
+
+
+CASES = [(loss, backend) for loss in LOSSES for backend in BACKENDS if runs(loss, backend)]
+cases = pytest.mark.parametrize("loss, backend", CASES, ids=str)
+all_losses = pytest.mark.parametrize("loss", LOSSES, ids=str)
+
+
+def oracle(student, teacher, T, t_squared=True, loss=FORWARD, reading=""):
+    "A loss by row in float64, and d(sum of rows)/d student, both from the definition."
+    rows, grad = value_and_grad(lambda s: loss.read(reading, s, teacher.double(), T), student.double())
+    factor = T * T if t_squared and loss.has_T else 1.0
     return factor * rows, factor * grad
 
 
 # what a row loss computes
 
-@backends
+@cases
 @dtypes
 @pytest.mark.parametrize("T", [0.5, 1.0, 4.0])
-def test_value_and_gradient_are_those_of_the_definition(backend, dtype, T):
+def test_value_and_gradient_are_those_of_the_definition(loss, backend, dtype, T):
     s, t = pair(6, 13, dtype=dtype)
-    rows, grad = oracle(s, t, T)
-    got, got_grad = value_and_grad(lambda x: forward_kl(x, t, T=T, backend=backend), s)
+    rows, grad = oracle(s, t, T, loss=loss)
+    got, got_grad = value_and_grad(lambda x: loss(x, t, T=T, backend=backend), s)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got_grad.dtype == dtype
     torch.testing.assert_close(got.double(), rows.mean(), rtol=1e-6, atol=0)
     rounding = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert (got_grad.double() - grad / 6).abs().max() <= rounding * (grad / 6).abs().max() + 1e-7 * (dtype == torch.float16)
 
 
-@backends
-def test_it_is_not_one_of_the_usual_mistakes(backend):
+@cases
+def test_it_is_not_one_of_the_usual_mistakes(loss, backend):
     s, t = pair(6, 13)
-    got = forward_kl(s, t, T=4.0, backend=backend).item()
-    right = oracle(s, t, 4.0)[0].mean().item()
+    got = loss(s, t, T=4.0, backend=backend).item()
+    right = oracle(s, t, 4.0, loss=loss)[0].mean().item()
     assert got == pytest.approx(right, rel=1e-6)
-    no_square, per_class = right / 16, right / 13
-    swapped = oracle(t, s, 4.0)[0].mean().item()
-    summed = right * 6
-    for wrong in (no_square, per_class, swapped, summed):
-        assert abs(got - wrong) > 0.01 * right
+    wrong = {"divided by C": right / 13, "not divided by the batch": right * 6, "no T²": right / 16,
+             "arguments swapped": oracle(t, s, 4.0, loss=loss)[0].mean().item()}
+    if not loss.has_T: del wrong["no T²"]
+    if loss.name in ("total_variation", "logit_mse") or loss.options == {"beta": 0.5}: del wrong["arguments swapped"] # symmetric
+    if loss.mix and loss.mix[0] not in (0.5, True, False):
+        other = Case(loss.name, kd.JSD, mix=1 - loss.mix[0])
+        wrong["mixture the wrong way round"] = oracle(s, t, 4.0, loss=other)[0].mean().item()
+    for name, value in wrong.items(): assert abs(got - value) > 0.01 * right, name
+
+
+@backends
+def test_limits_of_the_family(backend):
+    s, t = pair(6, 13)
+    f = functools.partial
+    same = lambda a, b: torch.testing.assert_close(a(s, t, T=2.0), b(s, t, T=2.0), rtol=2e-6, atol=0)
+    forward, reverse = (f(x, backend=backend if runs(x, backend) else "torch") for x in LOSSES[:2])
+    F_, auto = kd.functional, "auto" if backend == "cpp" else backend
+    same(f(F_.jsd, beta=0, backend=auto), forward)
+    same(f(F_.jsd, beta=1.0, backend=auto), reverse)
+    same(f(F_.skew_kl, alpha=0, backend=auto), forward)
+    same(f(F_.skew_reverse_kl, alpha=0.0, backend=auto), reverse)
+    assert F_.skew_kl(s, t, alpha=1, backend=auto) == 0 and F_.skew_reverse_kl(s, t, alpha=1, backend=auto) == 0
+    torch.testing.assert_close(F_.jsd(s, t, backend=auto), F_.jsd(t, s, backend=auto))
+    torch.testing.assert_close(F_.jsd(s, t, beta=0.2, backend=auto), F_.jsd(t, s, beta=0.8, backend=auto))
+    torch.testing.assert_close(F_.skew_reverse_kl(s, t, backend=auto), F_.skew_kl(t, s, backend=auto))
+    torch.testing.assert_close(reverse(s, t), forward(t, s))
+    apart = torch.tensor([[50.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 50.0], [0.0, 0.0]])
+    torch.testing.assert_close(F_.total_variation(*apart, reduction="none", backend=auto), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(F_.jsd(*apart, reduction="none", backend=auto), torch.tensor([math.log(2), 0.0]))
+    assert 0 < F_.total_variation(s, t, backend=auto) < 1
+    entropy = torch.distributions.Categorical(logits=t / 2).entropy().mean() * 4
+    same(f(F_.soft_cross_entropy, backend=auto), lambda *a, **k: forward(*a, **k) + entropy)
+
+
+@backends
+@pytest.mark.parametrize("name, option", [("jsd", "beta"), ("skew_kl", "alpha"), ("skew_reverse_kl", "alpha")])
+@pytest.mark.parametrize("value", [-0.1, 1.5, NAN, "0.5", True])
+def test_the_weight_of_a_mixture_lies_between_0_and_1(backend, name, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be a number from 0 to 1, got"):
+        getattr(kd.functional, name)(*pair(2, 3), **{option: value}, backend=backend)
+    module = {"jsd": kd.JSD, "skew_kl": kd.SkewKL, "skew_reverse_kl": kd.SkewReverseKL}[name]
+    with pytest.raises(ValueError, match=option): module(**{option: value})
 
 
 @backends
@@ -80,31 +155,58 @@ def test_torchs_own_spelling(backend):
     torch.testing.assert_close(forward_kl(s, t, T=3.0, t_squared=False, backend=backend), spelt)
 
 
-@backends
+@all_losses
+@pytest.mark.parametrize("gap", [2.0, 1e-2, 1e-5])
+@pytest.mark.parametrize("T", [0.05, 1.0, 100.0])
+def test_the_stable_reading_against_fifty_digits(loss, gap, T):
+    from mpmath import mp, mpf, exp, log
+    t = logits(1, 7, seed=3)
+    s = t + gap * logits(1, 7, seed=4)
+    kl = lambda a, b: sum(x * log(x / y) for x, y in zip(a, b))
+    mix = lambda a, b, w: [w * x + (1 - w) * y for x, y in zip(a, b)]
+    with mp.workdps(50):
+        q, p = ([exp(mpf(z.item()) / T) for z in row] for row in (s[0], t[0]))
+        q, p = ([z / sum(row) for z in row] for row in (q, p))
+        a = mpf(loss.mix[0]) if loss.mix else None
+        d = [mpf(x.item()) - mpf(y.item()) for x, y in zip(s[0], t[0])]
+        exact = {"forward_kl": lambda: kl(p, q), "reverse_kl": lambda: kl(q, p), "skew_kl": lambda: kl(p, mix(p, q, a)),
+                 "jsd": lambda: a * kl(p, mix(p, q, a)) + (1 - a) * kl(q, mix(p, q, a)),
+                 "skew_reverse_kl": lambda: kl(q, mix(q, p, a)),
+                 "total_variation": lambda: sum(abs(x - y) for x, y in zip(p, q)) / 2,
+                 "soft_cross_entropy": lambda: -sum(x * log(y) for x, y in zip(p, q)),
+                 "logit_mse": lambda: sum((x - a * sum(d) / 7)**2 for x in d)}[loss.name]()
+        for dtype, digits in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+            got = loss.read("stable_", s.to(dtype), t.to(dtype), T).item()
+            if dtype == torch.float64: assert abs(mpf(got) / exact - 1) < digits
+            else: assert got == pytest.approx(loss.read("stable_", s.float().double(), t.float().double(), T).item(), rel=digits)
+
+
+@cases
 @pytest.mark.parametrize("gap", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("T", [0.1, 1.0, 20.0, 100.0])
-def test_accurate_where_the_student_has_nearly_converged(backend, gap, T):
+def test_accurate_where_the_student_has_nearly_converged(loss, backend, gap, T):
     t = logits(8, 100, seed=3, scale=1.0)
     s = t + gap * logits(8, 100, seed=4, scale=1.0)
-    want, want_grad = value_and_grad(lambda x: reference.stable_forward_kl(x, t.double(), T), s.double())
-    got, got_grad = value_and_grad(lambda x: forward_kl(x, t, T=T, t_squared=False, reduction="none", backend=backend), s)
+    want, want_grad = oracle(s, t, T, False, loss, "stable_")
+    got, got_grad = value_and_grad(lambda x: loss(x, t, T=T, t_squared=False, reduction="none", backend=backend), s)
     assert ((got.double() - want).abs() / want).max() < 1e-6
     assert (got_grad.double() - want_grad).abs().max() < 2e-6 * want_grad.abs().max()
 
 
-@backends
-def test_an_offset_of_the_logits_changes_nothing(backend):
+@cases
+def test_an_offset_of_the_logits_changes_nothing(loss, backend):
     s, t = pair(4, 9)
     s, t = s.round(decimals=2), t.round(decimals=2)
-    far = forward_kl(s.double() + 1e4, t.double() - 1e4, T=2.0, backend=backend)
-    torch.testing.assert_close(far, forward_kl(s.double(), t.double(), T=2.0), rtol=1e-9, atol=0)
+    far = loss(s.double() + 1e4, t.double() - 1e4, T=2.0, backend=backend)
+    if loss.options == {"center": False}: assert far > 1e8 # the one that sees it
+    else: torch.testing.assert_close(far, loss(s.double(), t.double(), T=2.0), rtol=1e-9, atol=0)
 
 
-@backends
-def test_classes_may_be_permuted(backend):
+@cases
+def test_classes_may_be_permuted(loss, backend):
     s, t = pair(4, 9)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(forward_kl(s[:, order], t[:, order], backend=backend), forward_kl(s, t, backend=backend))
+    torch.testing.assert_close(loss(s[:, order], t[:, order], backend=backend), loss(s, t, backend=backend))
 
 
 @backends
@@ -113,25 +215,29 @@ def test_large_T_tends_to_centred_logit_mse(backend):
     d = s - t
     want = (d - d.mean(-1, keepdim=True)).square().sum(-1).mean() / (2 * 9)
     torch.testing.assert_close(forward_kl(s, t, T=1e3, backend=backend), want, rtol=1e-2, atol=0)
+    torch.testing.assert_close(kd.functional.logit_mse(s, t, center=True) / 18, want)
+    torch.testing.assert_close(kd.functional.reverse_kl(s, t, T=1e3), want, rtol=1e-2, atol=0)
+    torch.testing.assert_close(kd.functional.jsd(s, t, T=1e3), want / 4, rtol=1e-2, atol=0) # beta (1 - beta)
+    torch.testing.assert_close(kd.functional.skew_kl(s, t, T=1e3), .81 * want, rtol=1e-2, atol=0) # (1 - alpha)²
 
 
 # sizes, layouts
 
-@backends
+@cases
 @pytest.mark.parametrize("C", [1, 2, 7, 16, 17, 252, 507, 1271, 32000])
-def test_numbers_of_classes(backend, C):
+def test_numbers_of_classes(loss, backend, C):
     s, t = pair(3, C)
-    rows, grad = oracle(s, t, 2.0)
-    got, got_grad = value_and_grad(lambda x: forward_kl(x, t, T=2.0, reduction="none", backend=backend), s)
+    rows, grad = oracle(s, t, 2.0, loss=loss)
+    got, got_grad = value_and_grad(lambda x: loss(x, t, T=2.0, reduction="none", backend=backend), s)
     torch.testing.assert_close(got.double(), rows, rtol=1e-6, atol=1e-12)
     assert (got_grad.double() - grad).abs().max() <= 1e-6 * grad.abs().max()
 
 
-@backends
+@cases
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4)])
-def test_nothing_is_worth_zero(backend, shape):
+def test_nothing_is_worth_zero(loss, backend, shape):
     s, t = pair(*shape)
-    got, grad = value_and_grad(lambda x: forward_kl(x, t, backend=backend), s)
+    got, grad = value_and_grad(lambda x: loss(x, t, backend=backend), s)
     assert got == 0 and grad.shape == s.shape
 
 
@@ -173,16 +279,16 @@ def test_student_and_teacher_may_differ_in_dtype(backend):
 
 # masks, labels, weights, reductions
 
-@backends
+@cases
 @dtypes
-def test_masked_rows_are_exactly_zero_even_where_they_hold_nan(backend, dtype):
+def test_masked_rows_are_exactly_zero_even_where_they_hold_nan(loss, backend, dtype):
     s, t = pair(6, 11, dtype=dtype)
     mask = torch.tensor([True, False, True, True, False, True])
     y = torch.tensor([0, 1, -100, 2, 3, 4])
     s[1], t[1], s[2], t[4] = NAN, NAN, INF, NAN
     count = mask & (y != -100)
-    rows, grad = oracle(s[count], t[count], 2.0)
-    run = lambda reduction: lambda x: forward_kl(x, t, y, T=2.0, mask=mask, reduction=reduction, backend=backend)
+    rows, grad = oracle(s[count], t[count], 2.0, loss=loss)
+    run = lambda reduction: lambda x: loss(x, t, y, T=2.0, mask=mask, reduction=reduction, backend=backend)
     got, got_grad = value_and_grad(run("none"), s)
     assert got[~count].eq(0).all() and got_grad[~count].eq(0).all()
     torch.testing.assert_close(got[count].double(), rows, rtol=1e-6, atol=0)
@@ -193,19 +299,19 @@ def test_masked_rows_are_exactly_zero_even_where_they_hold_nan(backend, dtype):
     torch.testing.assert_close(got_grad[count].double(), grad / 3, rtol=2**-7, atol=1e-5)
 
 
-@backends
-def test_all_masked_is_zero_with_a_live_graph(backend):
+@cases
+def test_all_masked_is_zero_with_a_live_graph(loss, backend):
     s, t = pair(3, 5)
-    got, grad = value_and_grad(lambda x: forward_kl(x, t, mask=torch.zeros(3, dtype=torch.bool), backend=backend), s)
+    got, grad = value_and_grad(lambda x: loss(x, t, mask=torch.zeros(3, dtype=torch.bool), backend=backend), s)
     assert got == 0 and grad.eq(0).all()
 
 
-@backends
-def test_row_weight_multiplies_rows_and_not_the_denominator(backend):
+@cases
+def test_row_weight_multiplies_rows_and_not_the_denominator(loss, backend):
     s, t = pair(3, 5)
     w = torch.tensor([2.0, 0.0, 0.5])
-    rows, grad = oracle(s, t, 1.0)
-    got, got_grad = value_and_grad(lambda x: forward_kl(x, t, row_weight=w, backend=backend), s)
+    rows, grad = oracle(s, t, 1.0, loss=loss)
+    got, got_grad = value_and_grad(lambda x: loss(x, t, row_weight=w, backend=backend), s)
     torch.testing.assert_close(got.double(), (w * rows).sum() / 3)
     torch.testing.assert_close(got_grad.double(), w[:, None] * grad / 3, rtol=1e-5, atol=1e-7)
 
@@ -255,53 +361,85 @@ def test_a_class_that_only_the_student_excludes_is_infinite_also_where_its_proba
     assert got == INF and grad.isfinite().all() and grad[0, 2] == 0
 
 
-@backends
+# Rows: a class excluded by both, by the student only, by the teacher only, and no class in common.
+EXCLUDED = {"forward_kl": (0, INF, 0, INF), "soft_cross_entropy": (0, INF, 0, INF), "reverse_kl": (0, 0, INF, INF)}
+
+
+@pytest.mark.parametrize("loss, backend", [c for c in CASES if c[0].name != "logit_mse"], ids=str)
 @dtypes
-def test_a_spoilt_row_spoils_no_other(backend, dtype):
+@pytest.mark.parametrize("C", [4, 400])
+def test_the_table_of_excluded_classes(loss, backend, dtype, C):
+    s, t = pair(4, C, dtype=dtype)
+    s[0, 2] = t[0, 2] = s[1, 2] = t[2, 2] = s[3, 0::2] = t[3, 1::2] = -INF
+    T, present = 2.0, torch.arange(C) != 2
+    got, grad = value_and_grad(lambda x: loss(x, t, T=T, reduction="none", backend=backend), s)
+    kind = EXCLUDED.get(loss.name, (0, 0, 0, 0))
+    assert got.isinf().tolist() == [k == INF for k in kind] and not got.isnan().any()
+    rounding = dict(rtol=2**-7, atol=1e-6)
+    alone, alone_grad = oracle(s[:1, present], t[:1, present], T, loss=loss)
+    torch.testing.assert_close(got[:1].double(), alone, rtol=1e-6, atol=0) # excluded by both: as if it were absent
+    torch.testing.assert_close(grad[:1, present].double(), alone_grad, **rounding)
+    assert grad[0, 2] == 0
+    # -inf is the limit of a logit that falls and falls
+    low_s, low_t = s.double().clamp(min=-1500.0), t.double().clamp(min=-1500.0)
+    rows, want = oracle(low_s, low_t, T, loss=loss, reading="stable_")
+    finite = got.isfinite()
+    torch.testing.assert_close(got[finite].double(), rows[finite], rtol=1e-6, atol=0)
+    if loss.name == "reverse_kl":
+        assert grad[2:].isnan().all()
+        grad, want = grad[:2], want[:2]
+    torch.testing.assert_close(grad.double(), want, **rounding)
+
+
+@cases
+@dtypes
+def test_a_spoilt_row_spoils_no_other(loss, backend, dtype):
     s, t = pair(6, 20, dtype=dtype)
-    clean, clean_grad = value_and_grad(lambda x: forward_kl(x, t, reduction="none", backend=backend), s)
+    clean, clean_grad = value_and_grad(lambda x: loss(x, t, reduction="none", backend=backend), s)
     bad = s.clone()
     bad_t = t.clone()
     bad[1, 3], bad[2, 0], bad_t[3, 7], bad[4], bad_t[5] = NAN, INF, NAN, -INF, -INF
-    got, grad = value_and_grad(lambda x: forward_kl(x, bad_t, reduction="none", backend=backend), bad)
-    assert got[1:].isnan().all() and grad[1:].isnan().all()
+    got, grad = value_and_grad(lambda x: loss(x, bad_t, reduction="none", backend=backend), bad)
+    if loss.has_T: assert got[1:].isnan().all() and grad[1:].isnan().all()
+    else: assert not got[1:].isfinite().any() and not grad[1:].isfinite().all(-1).any() # a difference may be infinite
     assert torch.equal(got[0], clean[0]) and torch.equal(grad[0], clean_grad[0])
 
 
-@backends
+@cases
 @pytest.mark.parametrize("T", [0.05, 1.0, 100.0])
-def test_extreme_logits(backend, T):
+def test_extreme_logits(loss, backend, T):
     s = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 5.0], [1e4, 1e4, 1e4], [1e-40, 0.0, -1e-40]])
     t = torch.tensor([[1e4, 0.0, -1e4], [1e4, -1e4, 5.0], [0.0, 0.0, 0.0], [0.0, 1e-40, 0.0]])
-    rows, grad = oracle(s, t, T)
-    got, got_grad = value_and_grad(lambda x: forward_kl(x, t, T=T, reduction="none", backend=backend), s)
+    rows, grad = oracle(s, t, T, loss=loss, reading="stable_")
+    got, got_grad = value_and_grad(lambda x: loss(x, t, T=T, reduction="none", backend=backend), s)
     torch.testing.assert_close(got.double(), rows, rtol=1e-6, atol=1e-30)
-    assert (got_grad.double() - grad).abs().max() <= 1e-6 * grad.abs().max()
+    assert ((got_grad.double() - grad).abs().amax(-1) <= 1e-6 * grad.abs().amax(-1) + 1e-13 * rows.abs() + 1e-37).all()
 
 
 # autograd
 
-@backends
+@cases
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_gradcheck_and_gradgradcheck(backend, reduction):
+def test_gradcheck_and_gradgradcheck(loss, backend, reduction):
     s, t = pair(3, 4, dtype=torch.float64)
+    s[2] = t[2] + 0.02 * s[2] # near the teacher
     s.requires_grad_()
     y, mask = torch.tensor([0, -100, 2]), torch.tensor([True, True, True])
-    f = lambda x: forward_kl(x, t, y, T=2.0, mask=mask, reduction=reduction, backend=backend)
+    f = lambda x: loss(x, t, y, T=2.0, mask=mask, reduction=reduction, backend=backend)
     assert torch.autograd.gradcheck(f, s) and torch.autograd.gradgradcheck(f, s)
 
 
-@backends
+@cases
 @dtypes
-def test_backward_twice_and_incoming_gradients(backend, dtype):
+def test_backward_twice_and_incoming_gradients(loss, backend, dtype):
     s, t = pair(5, 6, dtype=dtype)
     leaf = s.requires_grad_()
-    loss = forward_kl(leaf, t, T=2.0, reduction="none", backend=backend)
-    g = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5], dtype=loss.dtype)
-    first, = torch.autograd.grad(loss, leaf, g, retain_graph=True)
-    again, = torch.autograd.grad(loss, leaf, g)
+    value = loss(leaf, t, T=2.0, reduction="none", backend=backend)
+    g = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5], dtype=value.dtype)
+    first, = torch.autograd.grad(value, leaf, g, retain_graph=True)
+    again, = torch.autograd.grad(value, leaf, g)
     torch.testing.assert_close(first, again, rtol=2**-7, atol=1e-6)
-    _, rows_grad = oracle(s.detach(), t, 2.0)
+    _, rows_grad = oracle(s.detach(), t, 2.0, loss=loss)
     torch.testing.assert_close(first.double(), g.double()[:, None] * rows_grad, rtol=2**-7, atol=1e-5)
 
 
@@ -314,16 +452,16 @@ def test_float16_gradient_survives_a_grad_scaler(backend):
     assert (leaf.grad.double() - grad).abs().max() <= 2**-11 * grad.abs().max()
 
 
-@backends
-def test_the_teacher_gets_a_gradient_only_when_asked(backend):
+@cases
+def test_the_teacher_gets_a_gradient_only_when_asked(loss, backend):
     s, t = pair(3, 4)
     s.requires_grad_(), t.requires_grad_()
-    forward_kl(s, t, backend=backend).backward()
+    loss(s, t, backend=backend).backward()
     assert t.grad is None
-    forward_kl(s, t, detach_teacher=False).backward()
+    loss(s, t, detach_teacher=False).backward()
     assert t.grad.abs().max() > 0
     if backend == "cpp":
-        with pytest.raises(ValueError, match="detach_teacher"): forward_kl(s, t, detach_teacher=False, backend="cpp")
+        with pytest.raises(ValueError, match="detach_teacher"): loss(s, t, detach_teacher=False, backend="cpp")
 
 
 @backends
@@ -332,21 +470,22 @@ def test_no_grad_gives_no_graph(backend):
     with torch.no_grad(): assert not forward_kl(s.requires_grad_(), t, backend=backend).requires_grad
 
 
-def test_functorch_and_forward_mode_take_the_reference():
+@all_losses
+def test_functorch_and_forward_mode_take_the_reference(loss):
     s, t = pair(5, 4)
-    each = torch.func.vmap(lambda a, b: forward_kl(a[None], b[None], T=2.0))(s, t)
-    torch.testing.assert_close(each, forward_kl(s, t, T=2.0, reduction="none"))
-    grad = torch.func.grad(lambda x: forward_kl(x, t, T=2.0))(s)
-    torch.testing.assert_close(grad, value_and_grad(lambda x: forward_kl(x, t, T=2.0), s)[1])
+    each = torch.func.vmap(lambda a, b: loss(a[None], b[None], T=2.0))(s, t)
+    torch.testing.assert_close(each, loss(s, t, T=2.0, reduction="none"))
+    grad = torch.func.grad(lambda x: loss(x, t, T=2.0))(s)
+    torch.testing.assert_close(grad, value_and_grad(lambda x: loss(x, t, T=2.0), s)[1])
     v = logits(5, 4, seed=9)
-    _, tangent = torch.func.jvp(lambda x: forward_kl(x, t, T=2.0), (s,), (v,))
+    _, tangent = torch.func.jvp(lambda x: loss(x, t, T=2.0), (s,), (v,))
     torch.testing.assert_close(tangent, (grad * v).sum())
 
 
 def test_a_learnable_temperature_gets_its_gradient():
     s, t = pair(5, 4, dtype=torch.float64)
     T = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda T: forward_kl(s, t, T=T), T)
+    for loss in LOSSES[:10]: assert torch.autograd.gradcheck(lambda T: loss(s, t, T=T), T)
 
 
 @backends
@@ -379,12 +518,14 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("soft, reduction", [(kd.SoftKL, "mean"), (kd.SoftKL, "none"), (kd.JSD, "mean"), (kd.ReverseKL, "mean"),
+                                            (kd.LogitMSE, "mean")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_compile_without_graph_breaks(fresh_compiler, dtype, reduction):
+def test_compile_without_graph_breaks(fresh_compiler, dtype, soft, reduction):
+    torch._dynamo.reset() # each case is a first compilation, not one more of the same function
     s, t = pair(6, 9, dtype=dtype)
     y, mask = torch.tensor([0, 1, -100, 2, 3, 4]), torch.tensor([True] * 5 + [False])
-    loss = 0.1 * kd.CrossEntropy(reduction=reduction) + 0.9 * kd.SoftKL(reduction=reduction)
+    loss = 0.1 * kd.CrossEntropy(reduction=reduction) + 0.9 * soft(reduction=reduction)
     f = lambda x: 2 * loss(x, t, y, mask=mask)
     want, want_grad = value_and_grad(f, s)
     got, grad = value_and_grad(torch.compile(f, fullgraph=True), s)
@@ -467,9 +608,10 @@ def test_without_the_core_everything_runs_on_plain_torch(fresh_compiler, monkeyp
 
 # modules and weights
 
-def test_function_and_module_share_options_and_defaults():
-    function = {k: p.default for k, p in inspect.signature(forward_kl).parameters.items()}
-    for module, other in ((kd.ForwardKL, {}), (kd.SoftKL, {"T": 4.0})):
+@all_losses
+def test_function_and_module_share_options_and_defaults(loss):
+    function = {k: p.default for k, p in inspect.signature(getattr(kd.functional, loss.name)).parameters.items()}
+    for module, other in ((loss.module.func, {}), *([(kd.SoftKL, {"T": 4.0})] if loss is FORWARD else [])):
         init = {k: p.default for k, p in inspect.signature(module.__init__).parameters.items() if k != "self"}
         call = {k: p.default for k, p in inspect.signature(module.forward).parameters.items() if k != "self"}
         assert not set(init) & set(call) and set(init) | set(call) == set(function)
@@ -488,34 +630,46 @@ def test_cross_entropy(backend):
     assert torch.equal(loss(s, t, y), loss(s, None, y))
 
 
-@backends
+@cases
 @dtypes
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_objective_in_one_sweep_is_the_sum_of_its_terms(backend, dtype, reduction):
+def test_the_objective_in_one_sweep_is_the_sum_of_its_terms(loss, backend, dtype, reduction):
     s, t = pair(6, 9, dtype=dtype)
     y = torch.tensor([0, 1, -100, 2, 3, 8])
     mask = torch.tensor([True, True, True, False, True, True])
-    soft, hard = kd.SoftKL(T=3, reduction=reduction, backend=backend), kd.CrossEntropy(reduction=reduction, backend=backend)
+    options = dict(reduction=reduction, backend=backend)
+    soft, hard = loss.module(**options, **({"T": 3} if loss.has_T else {})), kd.CrossEntropy(**options)
     objective = 0.3 * hard + 1.7 * soft
     assert len(_groups(objective)) == 1
     got, grad = value_and_grad(lambda x: objective(x, t, y, mask=mask), s)
     want, want_grad = value_and_grad(lambda x: 0.3 * hard(x, None, y, mask=mask) + 1.7 * soft(x, t, y, mask=mask), s)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grad, want_grad, rtol=2**-6, atol=1e-4 if dtype in (torch.float32, torch.float64) else 1e-2)
+    torch.testing.assert_close(grad, want_grad, rtol=2**-6, atol=1e-4 if dtype in (torch.float32, torch.float64) else 2e-2)
+    by_function = loss(s, t, y, T=3.0, mask=mask, **options)
+    torch.testing.assert_close(soft(s, t, y, mask=mask), by_function, rtol=0, atol=0)
 
 
-@backends
+@cases
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_parts_add_up(backend, reduction):
+def test_parts_add_up(loss, backend, reduction):
     s, t = pair(6, 9)
     y = torch.tensor([0, 1, -100, 2, 3, 8])
-    objective = 0.3 * kd.CrossEntropy(reduction=reduction, backend=backend) + 1.7 * kd.SoftKL(reduction=reduction, backend=backend)
+    objective = 0.3 * kd.CrossEntropy(reduction=reduction, backend=backend) + 1.7 * loss.module(reduction=reduction, backend=backend)
     parts = objective.parts(s.requires_grad_(), t, y)
-    assert set(parts) == {"cross_entropy", "forward_kl"} and not any(p.rows.requires_grad for p in parts.values())
+    assert set(parts) == {"cross_entropy", loss.name} and not any(p.rows.requires_grad for p in parts.values())
     total = sum(p.weight * p.rows for p in parts.values())
     assert total[2] == 0
     torch.testing.assert_close(total.sum() / (5 if reduction == "mean" else 1), objective(s, t, y).detach())
-    torch.testing.assert_close(parts["forward_kl"].rows[0].double(), oracle(s[:1].detach(), t[:1], 4.0)[0][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts[loss.name].rows[0].double(), oracle(s[:1].detach(), t[:1], 1.0, loss=loss)[0][0], rtol=1e-6, atol=0)
+
+
+def test_equations():
+    assert kd.SoftKL().equation() == "4²·KL(softmax(teacher/4) ‖ softmax(student/4))"
+    assert kd.ReverseKL().equation() == "KL(softmax(student/1) ‖ softmax(teacher/1))"
+    assert kd.SkewReverseKL(alpha=0.2).equation() == "KL(softmax(student/1) ‖ 0.2·softmax(student/1) + 0.8·softmax(teacher/1))"
+    jsd = "(0.3·KL(softmax(teacher/1) ‖ M) + 0.7·KL(softmax(student/1) ‖ M)), M = 0.3·softmax(teacher/1) + 0.7·softmax(student/1)"
+    assert kd.JSD(beta=0.3).equation() == jsd and repr(kd.JSD(T=2, beta=0.3)) == "JSD(beta=0.3, T=2)"
+    assert repr(0.5 * kd.LogitMSE(center=True)) == "0.5·LogitMSE(center=True)"
 
 
 def test_weights_are_operators():

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #d774ee8f
-from .divergences import forward_kl
+# %% ../../nbs/api/functional/00_functional.ipynb #25537409
+from .divergences import (
+    forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
 from .features import attention_transfer, channel_kl, cosine, hint
 from .linear import linear_forward_kl
 
-# %% ../../nbs/api/functional/00_functional.ipynb #cffb48ed
-__all__ = ["forward_kl", "linear_forward_kl", "attention_transfer", "channel_kl", "cosine", "hint"]
+# %% ../../nbs/api/functional/00_functional.ipynb #89031e28
+__all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
+           "logit_mse", "linear_forward_kl", "attention_transfer", "channel_kl", "cosine", "hint"]

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #756798c4
+# %% ../../nbs/api/losses/00_losses.ipynb #5d3e5499
 from .objective import Loss, Objective, Part
-from .divergences import CrossEntropy, ForwardKL, SoftKL
+from .divergences import (
+    CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .linear import LinearForwardKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #338f03f0
-__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "LinearForwardKL",
+# %% ../../nbs/api/losses/00_losses.ipynb #94ecf21d
+__all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
+           "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE", "LinearForwardKL",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint"]

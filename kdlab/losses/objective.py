@@ -71,9 +71,10 @@ def _weight(w)->float:
     if not math.isfinite(value): raise ValueError(f"the weight of a loss must be finite, got {value}")
     return value
 
-# %% ../../nbs/api/losses/01_objective.ipynb #a665446d
+# %% ../../nbs/api/losses/01_objective.ipynb #cebae43e
 class RowLoss(Loss):
     "A loss on rows of logits: its options, and the question that it puts to `ops`."
+    mix = 0. # of a divergence from a mixture: the weight in it
 
     def __init__(self, dim:int, ignore_index:int, reduction:str, detach_teacher:bool, backend:str):
         super().__init__()
@@ -93,14 +94,14 @@ class RowLoss(Loss):
         "The unweighted value of every row, detached."
         return (1. * self).parts(student, teacher, target, labels=labels, mask=mask)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #c1b92cf9
+# %% ../../nbs/api/losses/01_objective.ipynb #92fc0bdb
 def _question(group, student, teacher, target, labels, mask, row_weight, normalizer):
     "The question of one loss, or of a soft and a hard one together; `group` holds (weight, loss)."
     soft = next(((w, loss) for w, loss in group if loss.role == "soft"), None)
     hard = next(((w, loss) for w, loss in group if loss.role == "hard"), None)
     loss = (soft or hard)[1]
     options = {} if soft is None else dict(soft_weight=soft[0], T=live(loss, "T"), t_squared=loss.t_squared,
-                                           detach_teacher=loss.detach_teacher)
+                                           detach_teacher=loss.detach_teacher, kind=loss.term, mix=loss.mix)
     if soft is not None and teacher is None: raise TypeError(f"{loss} needs the teacher's logits, got None")
     return question(student, None if soft is None else teacher, target, labels=labels, mask=mask,
                     hard_weight=None if hard is None else hard[0], dim=loss.dim, ignore_index=loss.ignore_index,
