@@ -54,11 +54,18 @@ def question(
     return rows, ops.Question(T, t_squared, soft_weight if soft else 0., hard_weight if hard else 0., ignore_index,
                               reduction, normalizer, hard, soft, kind, mix)
 
-def _divergence(kind:str, mix:float, student, teacher, target, **options)->Tensor:
+def _divergence(kind:str, mix:float, student, teacher, target, *, labels, T, t_squared, dim, mask, ignore_index, row_weight,
+                reduction, normalizer, detach_teacher, backend)->Tensor:
     "Ask the question of one divergence alone."
+    if (target is labels is mask is row_weight is normalizer is None and dim == -1 and reduction == "mean"
+            and detach_teacher and backend == "auto"): # mostly so: then try without more ado
+        loss = ops.ordinary(student, teacher, None, T, t_squared, 1., 0., -100, kind, mix)
+        if loss is not None: return loss
     check_logits("teacher", teacher)
-    rows, q = question(student, teacher, target, kind=kind, mix=mix, **options)
-    return ops.answer(*rows, q, options["backend"])
+    rows, q = question(student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim, mask=mask,
+                       ignore_index=ignore_index, row_weight=row_weight, reduction=reduction, normalizer=normalizer,
+                       detach_teacher=detach_teacher, backend=backend, kind=kind, mix=mix)
+    return ops.answer(*rows, q, backend)
 
 # %% ../../nbs/api/functional/02_divergences.ipynb #6aaab099
 def forward_kl(
