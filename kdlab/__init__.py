@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #fe703ea1
+# %% ../nbs/api/00_kdlab.ipynb #2e13c7fe
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -19,6 +19,7 @@ _HOMES = {
                     "SoftCrossEntropy LogitMSE LinearForwardKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.functional.linear": "estimate_memory",
+    "kdlab.ops": "empty_cache",
     "kdlab.distilling": "distill Run load frozen predict",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
