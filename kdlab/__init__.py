@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #4ad7c596
+# %% ../nbs/api/00_kdlab.ipynb #10cf076f
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -17,6 +17,7 @@ except PackageNotFoundError: __version__ = "0+unknown"
 _HOMES = {
     "kdlab.losses": "Loss Objective Part ForwardKL SoftKL CrossEntropy",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
+    "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
     "kdlab.distilling": "distill Run load frozen predict",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",

@@ -30,8 +30,9 @@ namespace kdlab {
 #include "soft_kl.h"
 #include "scale.h"
 #include "features.h"
+#include "angles.h"
 
-const Kernels kernels_avx2 = {"avx2", avx2::soft_kl, avx2::scale, avx2::features};
+const Kernels kernels_avx2 = {"avx2", avx2::soft_kl, avx2::scale, avx2::features, avx2::angles};
 }  // namespace kdlab
 
 #if defined(__clang__)

@@ -30,8 +30,9 @@ namespace kdlab {
 #include "soft_kl.h"
 #include "scale.h"
 #include "features.h"
+#include "angles.h"
 
-const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features};
+const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features, avx512::angles};
 }  // namespace kdlab
 
 #if defined(__clang__)

@@ -17,6 +17,7 @@ namespace kdlab {
 #include "soft_kl.h"
 #include "scale.h"
 #include "features.h"
+#include "angles.h"
 
-const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features};
+const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles};
 }  // namespace kdlab

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../kdlab.h"
+#include "../kdlab_features.h"
 
 namespace kdlab {
 
@@ -63,6 +64,7 @@ struct Kernels {
     void (*soft_kl)(const Job&, int64_t begin, int64_t end, void* scratch);
     void (*scale)(const kdlab_scale&, int64_t begin, int64_t end);
     void (*features)(const FeatureJob&, int64_t begin, int64_t end, void* scratch);
+    void (*angles)(const kdlab_angles&, int64_t begin, int64_t end, double* rows, double* slopes);
 };
 const Kernels& kernels_in_use();
 

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #0e6004a0
+# %% ../../nbs/api/functional/00_functional.ipynb #742145cf
 from .divergences import forward_kl
 from .features import attention_transfer, channel_kl, cosine, hint
+from .relations import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
 
-# %% ../../nbs/api/functional/00_functional.ipynb #fbcde898
+# %% ../../nbs/api/functional/00_functional.ipynb #33682cfa
 __all__ = ["forward_kl"]
 __all__ += ["attention_transfer", "channel_kl", "cosine", "hint"]
+__all__ += ["cka", "dist", "pkt", "rkd", "rkd_angle", "rkd_distance", "similarity"]

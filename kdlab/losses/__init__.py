@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #c41c5c6e
+# %% ../../nbs/api/losses/00_losses.ipynb #e6ca27d7
 from .objective import Loss, Objective, Part
 from .divergences import CrossEntropy, ForwardKL, SoftKL
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
+from .relations import CKA, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity
 
-# %% ../../nbs/api/losses/00_losses.ipynb #73477992
+# %% ../../nbs/api/losses/00_losses.ipynb #e34ea1e3
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL"]
 __all__ += ["AttentionTransfer", "ChannelKL", "Cosine", "FeatureLoss", "Hint"]
+__all__ += ["CKA", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]
