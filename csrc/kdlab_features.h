@@ -50,6 +50,23 @@ typedef struct kdlab_angles {
 
 void kdlab_angles_cpu(const kdlab_angles* a);
 
+// DIST on logits: factor * (mean over rows of 1 - Pearson(p, q) + mean over columns of the same), p = softmax(student / T).
+// A constant row or column counts as uncorrelated.
+typedef struct kdlab_dist {
+    const void* student;        // [rows, cols], rows student_stride elements apart
+    const void* teacher;        // [rows, cols], rows teacher_stride elements apart, same dtype
+    const uint8_t* mask;        // [rows]; 1: the row counts
+    const void* grad_in;        // loss[1]: incoming gradient
+    void* grad;                 // [rows, cols], contiguous, dtype of the student
+    void* out;                  // loss[1]
+    int dtype, loss_dtype;
+    int64_t rows, cols, student_stride, teacher_stride;
+    double T, factor;
+    int threads;
+} kdlab_dist;
+
+void kdlab_dist_cpu(const kdlab_dist* a);
+
 #ifdef __cplusplus
 }
 #endif

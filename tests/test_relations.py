@@ -26,7 +26,7 @@ CASES = {
     "rkd": (rkd, definition_rkd, "torch cpp"),
     "pkt": (pkt, reference.pkt, "torch"),
     "cka": (cka, reference.cka, "torch"),
-    "dist": (dist, reference.dist, "torch"),
+    "dist": (dist, reference.dist, "torch cpp"),
 }
 RUNS = [(name, backend) for name, (*_, backends) in CASES.items() for backend in backends.split()
         if backend == "torch" or ops._C is not None]
@@ -127,7 +127,8 @@ def test_accurate_where_the_student_has_nearly_converged(case, backend):
     s = t + 1e-3 * features(9, 12, seed=1)
     want, grad = value_and_grad(lambda x: definition(x, t.double()), s.double())
     got, got_grad = value_and_grad(lambda x: f(x, t, backend=backend), s)
-    loose = 1e-3 if case == "similarity" else 2e-6 # its Gram matrix is made in float32
+    # the Gram matrix of similarity and the exponentials in the kernel of DIST are made in float32
+    loose = 1e-3 if case == "similarity" or (case, backend) == ("dist", "cpp") else 2e-6
     torch.testing.assert_close(got.double(), want, rtol=loose, atol=0)
     assert grad_error(got_grad, grad) <= loose
 
@@ -278,6 +279,53 @@ def test_angles_opcheck_threads_and_large_batches():
     assert grad_error(got_grad, grad.double()) < 1e-6
 
 
+def logits(B, C, dtype=torch.float32):
+    return features(B, C, seed=1, dtype=dtype), features(B, C, seed=2, dtype=dtype)
+
+
+@needs_core
+@pytest.mark.parametrize("isa", ops._C.info()["isas"] if ops._C is not None else [])
+@pytest.mark.parametrize("B, C", [(1, 7), (3, 1), (7, 252), (100, 33), (20, 1271)])
+def test_kernel_of_dist(isa, B, C):
+    before = ops._C.info()["isa"]
+    ops._C.set_isa(isa)
+    try:
+        for dtype in DTYPES:
+            for T in (0.5, 4.0):
+                s, t = logits(B, C, dtype)
+                want, grad = value_and_grad(lambda x: dist(x, t.double(), T=T, backend="torch"), s.double())
+                got, got_grad = value_and_grad(lambda x: dist(x, t, T=T, backend="cpp"), s)
+                torch.testing.assert_close(got.double(), want, rtol=5e-6, atol=0)
+                tolerance = max(ROUNDING[dtype], 1e-5 if dtype != torch.float64 else 0)
+                assert (got_grad.double() - grad).abs().max() <= tolerance * grad.abs().max() + 1e-9
+    finally: ops._C.set_isa(before)
+
+
+@needs_core
+def test_dist_threads_layouts_and_operators():
+    s, t = logits(501, 300)
+    results = []
+    for n in (1, 2, 4):
+        torch.set_num_threads(n)
+        results.append(value_and_grad(lambda x: dist(x, t, backend="cpp"), s))
+    torch.set_num_threads(1)
+    for value, grad in results[1:]: assert torch.equal(value, results[0][0]) and torch.equal(grad, results[0][1])
+    for view in (lambda x: x[:, 3:77], lambda x: x[::2], lambda x: x[:300].t()):
+        want, grad = value_and_grad(lambda x: dist(x, view(t).contiguous()), view(s).contiguous())
+        leaf = view(s).detach().requires_grad_()
+        value = dist(leaf, view(t))
+        torch.testing.assert_close(value, want)
+        torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], grad)
+    mask, T = torch.tensor([True, False, True, True]), torch.tensor(2.0, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float16):
+        s, t = logits(4, 5, dtype)
+        torch.library.opcheck(relation_ops.dist_op, (s.requires_grad_(), t, mask, T, True, dtype == torch.float32))
+        torch.library.opcheck(relation_ops.dist_backward_op, (torch.tensor(1.0), s.detach(), t, mask, T, True))
+    want, grad = value_and_grad(lambda x: 2.0**10 * dist(x, t, backend="torch"), s.detach().double())
+    got, got_grad = value_and_grad(lambda x: 2.0**10 * dist(x, t, backend="cpp"), s) # as a GradScaler does
+    assert grad_error(got_grad, grad) <= 2**-10
+
+
 MODULES = {kd.Similarity: similarity, kd.RKD: rkd, kd.RKDDistance: rkd_distance, kd.RKDAngle: rkd_angle, kd.PKT: pkt,
            kd.CKA: cka, kd.DIST: dist}
 
@@ -314,7 +362,7 @@ def test_modules_are_weighted_and_added():
     (lambda s, t: pkt(s, [t]), TypeError, "teacher must be a tensor of features, got list"),
     (lambda s, t: pkt(s.long(), t), TypeError, "floating-point"),
     (lambda s, t: pkt(s, t, backend="cpp"), ValueError, "pkt has no kernel yet.*'auto' or 'torch'"),
-    (lambda s, t: dist(s, s, backend="cpp"), ValueError, "dist has no kernel yet"),
+    (lambda s, t: dist(s, s, T=torch.tensor(2., requires_grad=True), backend="cpp"), ValueError, "temperature is learnable"),
     (lambda s, t: dist(s, t), ValueError, "same shape"),
     (lambda s, t: dist(s, s, reduction="sum"), ValueError, "reduction of dist"),
     (lambda s, t: kd.DIST(T=0), ValueError, "T must be"),

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "dist_job.h"
 #include "feature_job.h"
 #include "half.h"
 #include "rows.h"
@@ -18,6 +19,7 @@ namespace kdlab {
 #include "scale.h"
 #include "features.h"
 #include "angles.h"
+#include "dist.h"
 
-const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles};
+const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles, base::dist};
 }  // namespace kdlab

@@ -5,15 +5,12 @@
 # %% auto #0
 __all__ = ['check_coupled', 'check_samples', 'similarity', 'rkd_distance', 'rkd_angle', 'rkd', 'pkt', 'cka', 'dist']
 
-# %% ../../nbs/api/functional/04_relations.ipynb #fb63c308
+# %% ../../nbs/api/functional/04_relations.ipynb #c9605be6
 import torch
 from torch import Tensor
-from .. import ops, relation_ops
-from ..feature_ops import choose_features, widen, without_autocast
-from .contract import (
-    check_backend, check_pair, check_rows, check_temperature, classes_last, pick_target)
+from .. import relation_ops
+from .contract import check_backend, check_pair, check_rows, check_temperature, classes_last, pick_target
 from .features import check_mask
-from ..relation_reference import stable_dist
 
 # %% ../../nbs/api/functional/04_relations.ipynb #fda8a4ef
 def check_coupled(loss:str, reduction:str)->None:
@@ -161,7 +158,7 @@ def cka(
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     return _relation(student, teacher, mask, {"cka": 1.}, reduction, detach_teacher, backend)
 
-# %% ../../nbs/api/functional/04_relations.ipynb #a0938e5b
+# %% ../../nbs/api/functional/04_relations.ipynb #219e4f02
 def dist(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -174,8 +171,8 @@ def dist(
     mask:Tensor|None=None, # bool, (...); True counts
     ignore_index:int=-100, # rows with this label do not count
     reduction:str="mean", # mean over rows plus mean over classes; none and sum raise
-    detach_teacher:bool=True, # False lets gradients into the teacher
-    backend:str="auto", # auto or torch (there is no kernel yet)
+    detach_teacher:bool=True, # False lets gradients into the teacher (through the torch backend)
+    backend:str="auto", # auto, torch, cpp or cuda
 )->Tensor: # float32 (float64 for float64 logits)
     """1 - Pearson correlation of the probabilities, over the classes of a row plus over the rows of a class, times T².
 
@@ -190,10 +187,9 @@ def dist(
     check_pair(student, teacher)
     student, teacher = classes_last(student, dim), classes_last(teacher.detach() if detach_teacher else teacher, dim)
     keep = _keep(student, pick_target(target, labels), mask, ignore_index)
-    choose_features(backend, student, teacher, "dist has no kernel yet")
-    return _dist(student, teacher, keep, T, t_squared)
+    return relation_ops.dist(student, teacher, keep, T, t_squared, backend)
 
-# %% ../../nbs/api/functional/04_relations.ipynb #4ab25a93
+# %% ../../nbs/api/functional/04_relations.ipynb #7d919e12
 def _keep(student, target, mask, ignore_index)->Tensor|None:
     "Rows that count, or None when all do."
     if mask is not None: check_rows("mask", mask, student, "bool")
@@ -201,13 +197,3 @@ def _keep(student, target, mask, ignore_index)->Tensor|None:
     check_rows("target", target, student, "integer")
     labelled = target != ignore_index
     return labelled if mask is None else labelled & mask
-
-def _dist(student, teacher, keep, T, t_squared)->Tensor:
-    "DIST of logits, classes last, in plain torch."
-    with without_autocast(student):
-        s, t = (x.reshape(-1, x.shape[-1]) for x in widen(student, teacher))
-        if keep is not None:
-            keep = keep.reshape(-1)
-            s, t = s.masked_fill(~keep.unsqueeze(1), 0), t.masked_fill(~keep.unsqueeze(1), 0)
-        value = stable_dist(s, t, T, keep)
-        return (value * T**2 if t_squared else value).to(ops._loss_dtype(student, teacher))
