@@ -1,4 +1,4 @@
-"""Forward and backward of the losses on features: kdlab against eager PyTorch and torch.compile, one thread.
+"""Forward and backward of the losses on features and relations: kdlab against eager PyTorch and torch.compile, one thread.
 
 CPU time of that thread, contenders in turn, medians. `--warm` keeps freed memory mapped for everybody, so that large
 outputs do not pay for page faults: that is the fair comparison of the kernels themselves. The limit is a triad of the
@@ -39,6 +39,27 @@ def cosine(s, t):
     return (1 - F.cosine_similarity(s, t, dim=-1)).mean()
 
 
+def similarity(s, t):
+    a, b = (F.normalize(x @ x.T) for x in (s, t))
+    return F.mse_loss(a, b)
+
+
+def rkd_angle(s, t):
+    def cosines(x):
+        e = F.normalize(x[None] - x[:, None], dim=2)
+        return torch.bmm(e, e.transpose(1, 2))
+    with torch.no_grad():
+        want = cosines(t)
+    return F.smooth_l1_loss(cosines(s), want)
+
+
+def dist(s, t):
+    def pearson(a, b):
+        return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)).mean()
+    q, p = s.softmax(1), t.softmax(1)
+    return 2 - pearson(q, p) - pearson(q.T, p.T)
+
+
 MAPS, HIDDEN = (64, 256, 32, 32), (8, 512, 768)
 f = kd.functional
 WORK = {  # name: (shape, kdlab, eager)
@@ -47,6 +68,9 @@ WORK = {  # name: (shape, kdlab, eager)
     "attention transfer": (MAPS, f.attention_transfer, attention),
     "channel-wise KL": (MAPS, f.channel_kl, channel_kl),
     "cosine": (HIDDEN, f.cosine, cosine),
+    "similarity": ((64, 262144), f.similarity, similarity),
+    "RKD angle": ((256, 512), f.rkd_angle, rkd_angle),
+    "DIST": ((2048, 1000), f.dist, dist),
 }
 
 

@@ -36,8 +36,49 @@ void features(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_i
     kdlab_features_cpu(&a);
 }
 
+void angles(intptr_t student, intptr_t student_inverse, intptr_t teacher, intptr_t teacher_inverse, intptr_t out,
+            intptr_t grad, intptr_t grad_inverse, int64_t count, int threads) {
+    kdlab_angles a;
+    a.student = pointer<const double>(student);
+    a.student_inverse = pointer<const double>(student_inverse);
+    a.teacher = pointer<const double>(teacher);
+    a.teacher_inverse = pointer<const double>(teacher_inverse);
+    a.out = pointer<double>(out);
+    a.grad = pointer<double>(grad);
+    a.grad_inverse = pointer<double>(grad_inverse);
+    a.count = count;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    kdlab_angles_cpu(&a);
+}
+
+void dist(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_in, intptr_t grad, intptr_t out, int dtype,
+          int loss_dtype, int64_t rows, int64_t cols, int64_t student_stride, int64_t teacher_stride, double T, double factor,
+          int threads) {
+    kdlab_dist a;
+    a.student = pointer<const void>(student);
+    a.teacher = pointer<const void>(teacher);
+    a.mask = pointer<const uint8_t>(mask);
+    a.grad_in = pointer<const void>(grad_in);
+    a.grad = pointer<void>(grad);
+    a.out = pointer<void>(out);
+    a.dtype = dtype;
+    a.loss_dtype = loss_dtype;
+    a.rows = rows;
+    a.cols = cols;
+    a.student_stride = student_stride;
+    a.teacher_stride = teacher_stride;
+    a.T = T;
+    a.factor = factor;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    kdlab_dist_cpu(&a);
+}
+
 }  // namespace
 
 void bind_features(py::module_& m) {
     m.def("features", &features, "Losses on features, a value for each sample; see csrc/kdlab_features.h.");
+    m.def("angles", &angles, "Smooth L1 between the angles of all triangles; see csrc/kdlab_features.h.");
+    m.def("dist", &dist, "DIST on logits; see csrc/kdlab_features.h.");
 }

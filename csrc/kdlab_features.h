@@ -32,6 +32,41 @@ typedef struct kdlab_features {
 
 void kdlab_features_cpu(const kdlab_features* a);
 
+// The angles of all triangles of samples, compared by smooth L1 (relational distillation). With a Gram matrix G and n, one
+// over the distances (0: leave the pair out), the cosine at j between i and k is (G_ik - G_ij - G_jk + G_jj) n_ij n_jk. All
+// matrices are symmetric [count, count], row by row. The gradients are right for symmetric G and n: what belongs to the
+// entries ij and ji together may lie in one of them.
+typedef struct kdlab_angles {
+    const double* student;          // Gram matrix
+    const double* student_inverse;  // one over the distances
+    const double* teacher;
+    const double* teacher_inverse;
+    double* out;                    // [1]: sum over all triples
+    double* grad;                   // d out / d student; absent, with grad_inverse, if nobody needs it
+    double* grad_inverse;           // d out / d student_inverse
+    int64_t count;
+    int threads;
+} kdlab_angles;
+
+void kdlab_angles_cpu(const kdlab_angles* a);
+
+// DIST on logits: factor * (mean over rows of 1 - Pearson(p, q) + mean over columns of the same), p = softmax(student / T).
+// A constant row or column counts as uncorrelated.
+typedef struct kdlab_dist {
+    const void* student;        // [rows, cols], rows student_stride elements apart
+    const void* teacher;        // [rows, cols], rows teacher_stride elements apart, same dtype
+    const uint8_t* mask;        // [rows]; 1: the row counts
+    const void* grad_in;        // loss[1]: incoming gradient
+    void* grad;                 // [rows, cols], contiguous, dtype of the student
+    void* out;                  // loss[1]
+    int dtype, loss_dtype;
+    int64_t rows, cols, student_stride, teacher_stride;
+    double T, factor;
+    int threads;
+} kdlab_dist;
+
+void kdlab_dist_cpu(const kdlab_dist* a);
+
 #ifdef __cplusplus
 }
 #endif

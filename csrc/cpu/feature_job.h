@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 
-#include "../kdlab_features.h"
 #include "rows.h"
 
 namespace kdlab {

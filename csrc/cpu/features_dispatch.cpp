@@ -39,3 +39,20 @@ void kdlab_features_cpu(const kdlab_features* a) {
     }
     if (a->reduction != KDLAB_NONE) put(a->out, a->loss_dtype, 0, sum / job.denominator);
 }
+
+void kdlab_angles_cpu(const kdlab_angles* a) {
+    const int64_t B = a->count;
+    std::vector<double> rows(B), slopes(a->grad ? B * B : 0);
+    share_rows(B, B * B, a->threads, [&](int64_t begin, int64_t end) {
+        kernels_in_use().angles(*a, begin, end, rows.data(), slopes.data());
+    });
+    double sum = 0;
+    for (double row : rows) sum += row;
+    *a->out = sum;
+    if (!a->grad) return;
+    for (int64_t i = 0; i < B; ++i)
+        for (int64_t j = 0; j < B; ++j) {
+            a->grad[i * B + j] -= 2 * slopes[i * B + j];        // G_ij and, as G_jk of the triple seen from k, again
+            a->grad[j * B + j] += slopes[i * B + j];
+        }
+}

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "dist_job.h"
 #include "feature_job.h"
 #include "half.h"
 #include "rows.h"
@@ -30,8 +31,10 @@ namespace kdlab {
 #include "soft_kl.h"
 #include "scale.h"
 #include "features.h"
+#include "angles.h"
+#include "dist.h"
 
-const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features};
+const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features, avx512::angles, avx512::dist};
 }  // namespace kdlab
 
 #if defined(__clang__)

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "dist_job.h"
 #include "feature_job.h"
 #include "half.h"
 #include "rows.h"
@@ -17,6 +18,8 @@ namespace kdlab {
 #include "soft_kl.h"
 #include "scale.h"
 #include "features.h"
+#include "angles.h"
+#include "dist.h"
 
-const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features};
+const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles, base::dist};
 }  // namespace kdlab

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../kdlab.h"
+#include "../kdlab_features.h"
 
 namespace kdlab {
 
@@ -56,6 +57,7 @@ struct Job : kdlab_soft_kl {
 };
 
 struct FeatureJob;          // in feature_job.h
+struct DistJob;             // in dist_job.h
 
 // The kernels of one instruction set. Rows [begin, end); scratch holds scratch_bytes(cols), aligned to 64.
 struct Kernels {
@@ -63,6 +65,8 @@ struct Kernels {
     void (*soft_kl)(const Job&, int64_t begin, int64_t end, void* scratch);
     void (*scale)(const kdlab_scale&, int64_t begin, int64_t end);
     void (*features)(const FeatureJob&, int64_t begin, int64_t end, void* scratch);
+    void (*angles)(const kdlab_angles&, int64_t begin, int64_t end, double* rows, double* slopes);
+    void (*dist)(const DistJob&, int64_t begin, int64_t end, double* column, void* scratch);
 };
 const Kernels& kernels_in_use();
 

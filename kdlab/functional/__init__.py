@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #25537409
+# %% ../../nbs/api/functional/00_functional.ipynb #8c87821e
 from .divergences import (
     forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
 from .features import attention_transfer, channel_kl, cosine, hint
+from .relations import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
 from .linear import linear_forward_kl
 
-# %% ../../nbs/api/functional/00_functional.ipynb #89031e28
+# %% ../../nbs/api/functional/00_functional.ipynb #e14db907
 __all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
-           "logit_mse", "linear_forward_kl", "attention_transfer", "channel_kl", "cosine", "hint"]
+           "logit_mse", "linear_forward_kl", "attention_transfer", "channel_kl", "cosine", "hint", "cka", "dist", "pkt",
+           "rkd", "rkd_angle", "rkd_distance", "similarity"]

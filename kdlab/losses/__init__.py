@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #5d3e5499
+# %% ../../nbs/api/losses/00_losses.ipynb #a59ad9cc
 from .objective import Loss, Objective, Part
 from .divergences import (
     CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
+from .relations import CKA, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity
 from .linear import LinearForwardKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #94ecf21d
+# %% ../../nbs/api/losses/00_losses.ipynb #ed577036
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE", "LinearForwardKL",
-           "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint"]
+           "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
+           "CKA", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]
