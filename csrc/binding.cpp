@@ -233,7 +233,10 @@ PyObject* ordinary(PyObject*, PyObject* const* args, Py_ssize_t count) {
     a.kind = static_cast<int>(PyLong_AsLong(args[8]));
     a.mix = PyFloat_AsDouble(args[9]);
     a.threads = static_cast<int>(PyLong_AsLong(args[11]));
-    if (PyErr_Occurred()) return nullptr;
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
 
     DLManagedTensorVersioned *loss = nullptr, *grad = nullptr;
     try {

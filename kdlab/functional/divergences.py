@@ -57,9 +57,9 @@ def question(
 def _divergence(kind:str, mix:float, student, teacher, target, *, labels, T, t_squared, dim, mask, ignore_index, row_weight,
                 reduction, normalizer, detach_teacher, backend)->Tensor:
     "Ask the question of one divergence alone."
-    if (target is labels is mask is row_weight is normalizer is None and dim == -1 and reduction == "mean"
+    if (labels is mask is row_weight is normalizer is None and dim == -1 and reduction == "mean"
             and detach_teacher and backend == "auto"): # mostly so: then try without more ado
-        loss = ops.ordinary(student, teacher, None, T, t_squared, 1., 0., -100, kind, mix)
+        loss = ops.ordinary(student, teacher, target, T, t_squared, 1., 0., ignore_index, kind, mix)
         if loss is not None: return loss
     check_logits("teacher", teacher)
     rows, q = question(student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim, mask=mask,

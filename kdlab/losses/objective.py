@@ -40,13 +40,17 @@ class Part(NamedTuple):
     weight: float # its weight
     rows: Tensor # its unweighted value for each row, detached; 0 where a row does not count
 
-# %% ../../nbs/api/losses/01_objective.ipynb #fb99be32
+# %% ../../nbs/api/losses/01_objective.ipynb #49990031
 class Loss(nn.Module):
     "A loss on `(student, teacher, target)`; `*`, `/`, `+`, `-` and `sum` build an `Objective`."
     role = "soft" # soft: from the teacher; hard: from labels
     def terms(self)->list[tuple[float, "Loss"]]:
         "The single losses inside, each with its weight."
         return [(1., self)]
+
+    def is_ordinary(self)->bool:
+        "May `ops.ordinary` be tried for it?"
+        return False
 
     def __mul__(self, weight):
         weight = _weight(weight)
@@ -71,7 +75,7 @@ def _weight(w)->float:
     if not math.isfinite(value): raise ValueError(f"the weight of a loss must be finite, got {value}")
     return value
 
-# %% ../../nbs/api/losses/01_objective.ipynb #cebae43e
+# %% ../../nbs/api/losses/01_objective.ipynb #0778f7e1
 class RowLoss(Loss):
     "A loss on rows of logits: its options, and the question that it puts to `ops`."
     mix = 0. # of a divergence from a mixture: the weight in it
@@ -87,7 +91,14 @@ class RowLoss(Loss):
         "The options that two losses must have in common to be computed in one sweep."
         return self.dim, self.ignore_index, self.reduction, self.backend
 
+    def is_ordinary(self)->bool:
+        "Yes, if every option that decides how it is computed has its default."
+        return self.dim == -1 and self.reduction == "mean" and self.backend == "auto" and self.detach_teacher
+
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
+        if labels is mask is row_weight is normalizer is None:
+            loss = _ordinary((1.,), (self,), student, teacher, target)
+            if loss is not None: return loss
         return _answer([(1., self)], student, teacher, target, labels, mask, row_weight, normalizer)
 
     def parts(self, student, teacher, target=None, *, labels=None, mask=None)->dict[str, Part]:
@@ -119,6 +130,20 @@ def _answer(group, *args)->Tensor:
     if group[0][1].role == "feature": return _feature_answer(*group[0], *args)
     rows, q = _question(group, *args)
     return ops.answer(*rows, q, group[0][1].backend)
+
+# %% ../../nbs/api/losses/01_objective.ipynb #1b03d666
+def _ordinary(weights, losses, student, teacher, target)->Tensor|None:
+    "The loss if the case is ordinary, else None; nothing is checked or computed then. See `ops.ordinary`."
+    if torch.compiler.is_compiling(): return None # numbers that are read here would be baked into the graph
+    soft, hard, soft_weight, hard_weight = None, None, 0., 0.
+    for weight, loss in zip(weights, losses):
+        if weight == 0 or not loss.is_ordinary(): return None
+        if loss.role == "soft" and soft is None: soft, soft_weight = loss, weight
+        elif loss.role == "hard" and hard is None and target is not None: hard, hard_weight = loss, weight
+        else: return None
+    if soft is None or hard is not None and hard.ignore_index != soft.ignore_index: return None
+    return ops.ordinary(student, teacher, target, soft.T, soft.t_squared, soft_weight, hard_weight, soft.ignore_index,
+                        soft.term, soft.mix)
 
 # %% ../../nbs/api/losses/01_objective.ipynb #fb31ef19
 class _Weighted(Loss):
@@ -175,10 +200,13 @@ def _nothing(loss:Loss, student:Tensor)->Tensor:
     rows = student.narrow(loss.dim, 0, 0).sum(loss.dim, dtype=torch.promote_types(student.dtype, torch.float32))
     return rows if loss.reduction == "none" else rows.sum()
 
-# %% ../../nbs/api/losses/01_objective.ipynb #f427e055
+# %% ../../nbs/api/losses/01_objective.ipynb #08581584
 class Objective(_Weighted):
     "A weighted sum of losses, called like one loss: `(student, teacher, target)`."
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
+        if labels is mask is row_weight is normalizer is None:
+            loss = _ordinary(self._weights, self._modules["losses"]._modules.values(), student, teacher, target)
+            if loss is not None: return loss
         args = student, teacher, target, labels, mask, row_weight, normalizer
         values = [_answer(group, *args) for group in _groups(self)]
         return sum(values[1:], values[0]) if values else _nothing(self.losses[0], student)
