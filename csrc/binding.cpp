@@ -140,7 +140,7 @@ py::object empty(const std::vector<int64_t>& shape, int dtype) {
 // ---- the ordinary case in one call ---------------------------------------------------------------------------------
 // Plain contiguous tensors of one dtype on the CPU, numbers that are Python floats, the mean over all rows that count.
 // On a batch of classroom size, asking the tensors for all this from Python costs several times the kernel; from
-// torch 2.10 on they describe themselves to C through the table `torch_tensors`.
+// torch 2.13 at the latest they describe themselves to C through the table `torch_tensors`.
 const DLPackExchangeAPI* torch_tensors = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 

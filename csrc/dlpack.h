@@ -1,5 +1,5 @@
 // The part of the DLPack ABI (github.com/dmlc/dlpack, version 1) that kdlab speaks: how a tensor is described, how its
-// memory is handed over, and the table through which torch 2.10 and later describe their tensors to C.
+// memory is handed over, and the table through which torch (2.13 at the latest) describes their tensors to C.
 #pragma once
 #include <stdint.h>
 
