@@ -61,7 +61,7 @@ class NarrowRows {
         }
         const V zs = sum_s.total(), zt = sum_t.total();
         const Difference<V> c(max_s, max_t);
-        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, V{}};
+        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, R(1) / zt, V{}};
         for (int i = 0; i < cols * L; i += L)
             mass.add(close_mass(load(s + i), load(t + i), load(es + i), load(et + i), k));
         const V m = mass.total();
