@@ -1,5 +1,6 @@
 // What every instruction set shares: which rows count, what multiplies them, and the entry points of the kernels.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "../kdlab.h"
@@ -33,7 +34,7 @@ struct Job : kdlab_soft_kl {
     double grad_scale(int64_t r) const {
         double g = grad_in ? at(grad_in, loss_dtype, reduction == KDLAB_NONE ? r : 0) : 1.0;
         if (row_weight) g *= at(row_weight, loss_dtype, r);
-        return g / denominator;
+        return g == g ? g / denominator : NAN;              // of NaNs only this one: see give_pair
     }
 
     // The terms of row r (KL without kl_factor) go to every output that wants them.

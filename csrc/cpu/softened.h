@@ -62,8 +62,8 @@ struct Difference {
     }
 };
 
-// w = v + lambda = (s - t - c) / T, free of cancellation, for any c; e^lambda = sum p_t e^w = 1 + sum close_mass.
-// p_t = pt e_t, p_s = ps e_s, p_t e^w = pw e_s.
+// w = v + lambda = (s - t - c) / T, free of cancellation, for any c; e^lambda = sum p_t e^w = 1 + sum close_mass. And
+// KL = sum p_t psi(w) + lambda + 1 - e^lambda.   p_t = pt e_t, p_s = ps e_s, p_t e^w = pw e_s.
 template <class V>
 struct Close {
     V c, c_error, inverse_T, pt, ps, pw, lambda;

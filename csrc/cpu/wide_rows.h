@@ -94,6 +94,19 @@ inline void give(E* p, int n, V v, bool past_cache) {
     else store(p, v);
 }
 
+// Two whole vectors of a row. bfloat16 has its own where that is worth it.
+template <class E, class V>
+inline void load_pair(const E* p, V& x, V& y) {
+    x = load(p);
+    y = load(p + lanes<V>);
+}
+
+template <class E, class V>
+inline void give_pair(E* p, V x, V y, bool past_cache) {
+    give<false>(p, 0, x, past_cache);
+    give<false>(p + lanes<V>, 0, y, past_cache);
+}
+
 // Calls body(i) for whole vectors, tail(i, n) for the last n elements, and after every few vectors carry().
 template <class V, class Body, class Tail, class Carry>
 inline void along_row(int64_t cols, Body body, Tail tail, Carry carry) {
@@ -119,7 +132,8 @@ class WideRows {
     const int64_t cols, end;
     const Temperature<V> temperature, one{1.0};
     Scratch<V> x;
-    R margin;                                               // by how much a row may exceed its reference
+    static constexpr int most_e = 4;                        // the largest exponential
+    R margin;                                               // by how much a row may exceed its reference, so that it is
     struct Reference { R s, t; } *references;               // of each step along the row
     const V low = all<V>(-INFINITY);
     static constexpr int64_t step = (lanes<V> < 16 ? 8 : 16) * lanes<V>;     // the fewer lanes, the shorter their sums
@@ -218,26 +232,33 @@ class WideRows {
                 p.zh = p.zh + h;
             }
         };
-        auto whole = [&](int64_t i, Part<V>& p) {
-            if (kGrad) give<false>(grad + i, 0, gradient_at(x, i, f), past_cache);
-            prefetch(row_s + i);
-            if (kKL) prefetch(row_t + i);
-            exponentials(i, load(row_s + i), load(row_t + i), p);
-        };
+        constexpr int64_t L = lanes<V>;
         Part<V> even = {}, odd = {};                        // two sums of half as many terms round less than one
         int64_t i = begin;
-        for (; i + 2 * lanes<V> <= end; i += 2 * lanes<V>) {
-            whole(i, even);
-            whole(i + lanes<V>, odd);
+        for (; i + 2 * L <= end; i += 2 * L) {
+            if (kGrad) give_pair(grad + i, gradient_at(x, i, f), gradient_at(x, i + L, f), past_cache);
+            V s[2], t[2] = {};
+            load_pair(row_s + i, s[0], s[1]);
+            prefetch(row_s + i);
+            if (sizeof(E) > 2) prefetch(row_s + i + L);
+            if (kKL) {
+                load_pair(row_t + i, t[0], t[1]);
+                prefetch(row_t + i);
+                if (sizeof(E) > 2) prefetch(row_t + i + L);
+            }
+            exponentials(i, s[0], t[0], even);
+            exponentials(i + L, s[1], t[1], odd);
         }
-        if (i + lanes<V> <= end) {
-            whole(i, even);
-            i += lanes<V>;
+        if (i + L <= end) {
+            if (kGrad) give<false>(grad + i, 0, gradient_at(x, i, f), past_cache);
+            exponentials(i, load(row_s + i), load(row_t + i), even);
+            i += L;
         }
         if (i < end) {
             const int n = static_cast<int>(end - i);
             if (kGrad) store_part(grad + i, n, gradient_at(x, i, f));
-            exponentials(i, load_part(row_s + i, n, nothing_to(row.from_s)), load_part(row_t + i, n, nothing_to(row.from_t)), odd);
+            exponentials(i, load_part(row_s + i, n, nothing_to(row.from_s)),
+                         load_part(row_t + i, n, nothing_to(row.from_t)), odd);
         }
         z.top_s = top_s;
         z.top_t = top_t;
@@ -288,49 +309,40 @@ class WideRows {
     // the gradient; in KL less, the more classes share the mass.
     bool is_close(const Row<E>& row, double kl, double zs, double zt, const Sums<V>& z) const {
         if (sizeof(R) == 8) return kl < 1e-3;
+        const double no_top_above = most_e / std::fmin(zs, zt);
+        if (no_top_above < 0.1 && kl > 0.03 + 0.16 * std::sqrt(no_top_above)) return false;
         double top_s = max_of(softened_exp(z.top_s - row.from_s, temperature)) / zs;
-        double top_t = max_of(softened_exp(z.top_t - row.from_t, temperature)) / zt, top = top_s > top_t ? top_s : top_t;
+        double top_t = max_of(softened_exp(z.top_t - row.from_t, temperature)) / zt;
+        double top = std::fmax(top_s, top_t);
         return kl < 0.03 + 0.16 * std::sqrt(top) || (top > 0.1 && std::fabs(top_s - top_t) < 0.15 * top);
     }
 
-    // KL of the row and its whole gradient in close form.
-    double close_row(const Row<E>& row, double zs, double zt, double kl_grad, V factor_h) const {
-        const double c = double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);   // lambda is about 0
-        Close<V> k;
+    // KL of the row in close form, with lambda = 0: M = sum p_t (e^w - 1) is about 0 here. p_t (e^w - 1) takes the place of
+    // e_s, so that the gradient is made as for every row, from p_s - p_t = (p_t (e^w - 1) - M p_t) / (1 + M).
+    double close_row(const Row<E>& row, double zs, double zt, double kl_grad, Factors<V>& f) const {
+        const double c = double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);
+        Close<V> k = {};
         k.c = all<V>(R(c));
         k.c_error = all<V>(R(c - double(R(c))));
         k.inverse_T = all<V>(R(1 / job.T));
         k.pt = all<V>(R(1 / zt));
-        k.ps = k.pw = all<V>(R(1 / zs));
+        k.ps = all<V>(R(1 / zs));
         RowSum<V> mass, value;
-        along_row<V>(cols,
-            [&](int64_t i) {
-                mass.add(close_mass(load(row.s + i), load(row.t + i), load(x.es + i), load(x.et + i), k));
-            },
-            [&](int64_t i, int n) {
-                mass.add(close_mass(load_part(row.s + i, n, low), load_part(row.t + i, n, low), load(x.es + i),
-                                    load(x.et + i), k));
-            },
-            [&] { mass.carry(); });
-        k.lambda = all<V>(R(std::log1p(mass.total())));
-        const V scale = all<V>(R(kl_grad));
-        auto finish = [&](const CloseTerms<V>& terms, int64_t i) {
+        auto one = [&](V s, V t, int64_t i) {
+            prefetch(row.s + job.student_stride + i);       // of the next row, while memory would be idle
+            prefetch(row.t + job.teacher_stride + i);
+            CloseTerms<V> terms = close_terms(s, t, load(x.es + i), load(x.et + i), k);
+            store(x.es + i, terms.gradient);
+            mass.add(terms.gradient);
             value.add(terms.value);
-            V g = terms.gradient * scale;
-            return kCE ? fma(load(x.h + i), factor_h, g) : g;
         };
-        along_row<V>(cols,
-            [&](int64_t i) {
-                V g = finish(close_terms(load(row.s + i), load(row.t + i), load(x.es + i), load(x.et + i), k), i);
-                if (row.grad) give<false>(row.grad + i, 0, g, job.stream);
-            },
-            [&](int64_t i, int n) {
-                V g = finish(close_terms(load_part(row.s + i, n, low), load_part(row.t + i, n, low), load(x.es + i),
-                                         load(x.et + i), k), i);
-                if (row.grad) store_part(row.grad + i, n, g);
-            },
-            [&] { value.carry(); });
-        return value.total();
+        along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
+                     [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
+                     [&] { mass.carry(); value.carry(); });
+        const double M = mass.total();
+        f.s = all<V>(R(kl_grad / (1 + M)));
+        f.t = all<V>(R(kl_grad * M / (1 + M) / zt));
+        return value.total() + (std::log1p(M) - M);
     }
 
     // Does the student exclude a class (-inf) that the teacher does not? Then KL is +inf.
@@ -362,7 +374,7 @@ public:
         R* m = static_cast<R*>(memory);
         x = {m, kKL ? m + padded : m, kCE && kKL ? m + 2 * padded : m};
         references = reinterpret_cast<Reference*>(m + 3 * padded);
-        margin = R(2 / log2_of_e * (kCE && job.T > 1 ? 1 : job.T));
+        margin = R(std::log(most_e) * (kCE && job.T > 1 ? 1 : job.T));
     }
 
     void run(int64_t begin) const {
@@ -388,10 +400,7 @@ public:
                 f.t = all<V>(R(g_kl / zt));
                 kl = zs > 0 && zt > 0 ? m / zt / job.T + std::log(zs / zt) : NAN;         // NaN: a row wholly at -inf
                 if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
-                else if (is_close(row, kl, zs, zt, z)) {
-                    kl = close_row(row, zs, zt, g_kl, f.h);
-                    pending = nullptr;
-                }
+                else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
             }
             job.write_row(r, kl, ce);
         }
