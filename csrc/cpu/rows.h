@@ -73,7 +73,7 @@ const Kernels& kernels_in_use();
 
 constexpr int prefetch_ahead = 4096;        // bytes; hardware prefetchers alone leave a third of the bandwidth unused
 
-// Three rows of double and a few more for the wide loop; five columns-first blocks of 64 bytes a column for the narrow one.
+// Three rows of double and a few more for the wide loop; five columns-first blocks of 64 bytes a column for the narrow.
 inline size_t scratch_bytes(int64_t cols) {
     return cols <= 64 ? 5 * 64 * 64 : sizeof(double) * (3 * (static_cast<size_t>(cols) + 16) + cols / 8 + 2);
 }

@@ -317,8 +317,8 @@ class WideRows {
         return kl < 0.03 + 0.16 * std::sqrt(top) || (top > 0.1 && std::fabs(top_s - top_t) < 0.15 * top);
     }
 
-    // KL of the row in close form, with lambda = 0: M = sum p_t (e^w - 1) is about 0 here. p_t (e^w - 1) takes the place of
-    // e_s, so that the gradient is made as for every row, from p_s - p_t = (p_t (e^w - 1) - M p_t) / (1 + M).
+    // KL of the row in close form, with lambda = 0: M = sum p_t (e^w - 1) is about 0 here. p_t (e^w - 1) takes the place
+    // of e_s, so that the gradient is made as for every row, from p_s - p_t = (p_t (e^w - 1) - M p_t) / (1 + M).
     double close_row(const Row<E>& row, double zs, double zt, double kl_grad, Factors<V>& f) const {
         const double c = double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);
         Close<V> k = {};
