@@ -92,6 +92,27 @@ inline void stream(float* p, F32 v) { _mm256_stream_ps(p, v); }
 inline void stream(double* p, F64 v) { _mm256_stream_pd(p, v); }
 template <class E>
 inline void stream(E* p, F32 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, E())); }
+
+template <class E> constexpr bool has_transpose = sizeof(E) == 4;
+inline void transpose(F32 (&r)[8]) {
+    F32 t[8];
+    for (int i = 0; i < 8; i += 2) {                        // pairs of rows, element by element
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)                          // four rows in each half of a vector
+        for (int j = 0; j < 2; ++j) {
+            __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + j + 2]);
+            r[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            r[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
+    for (int j = 0; j < 4; ++j) {                           // eight
+        F32 low = r[j], high = r[j + 4];
+        r[j] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[j + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + prefetch_ahead, _MM_HINT_T0); }
 inline void stream_end() { _mm_sfence(); }
 

@@ -78,6 +78,30 @@ inline void stream(double* p, F64 v) { _mm512_stream_pd(p, v); }
 template <class E>
 inline void stream(E* p, F32 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, E())); }
 
+template <class E> constexpr bool has_transpose = sizeof(E) < 8;
+inline void transpose(F32 (&r)[16]) {
+    F32 t[16];
+    for (int i = 0; i < 16; i += 2) {                       // pairs of rows, element by element
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)                         // four rows in each quarter of a vector
+        for (int j = 0; j < 2; ++j) {
+            __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+            r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 16; i += 8)                         // eight rows
+        for (int j = 0; j < 4; ++j) {
+            t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {                           // sixteen
+        r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+
 // Two vectors at once are cheaper for bfloat16: one load or store, and half the rearranging. Every NaN must come with
 // zeros in its lower half, which all do that stem from bfloat16 or from NAN.
 inline void load_pair(const bf16* p, F32& x, F32& y) {

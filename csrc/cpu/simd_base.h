@@ -107,6 +107,9 @@ inline void store_part(E* p, int n, V v) {
     for (int i = 0; i < n; ++i) from_real(x[i], p + i);
 }
 
+// Is there transpose(), which makes columns of as many rows as there are lanes, and is it quick for elements of type E?
+template <class E> constexpr bool has_transpose = false;
+
 template <class E, class V>
 inline void stream(E* p, V v) { store(p, v); }              // past the cache where the CPU can
 #if defined(__GNUC__)
