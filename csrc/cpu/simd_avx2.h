@@ -93,6 +93,19 @@ inline void stream(double* p, F64 v) { _mm256_stream_pd(p, v); }
 template <class E>
 inline void stream(E* p, F32 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, E())); }
 
+// Two vectors of 16-bit numbers fill one store: halves of it past the cache are slow.
+inline void give_both(void* p, __m128i x, __m128i y, bool past_cache) {
+    __m256i both = _mm256_set_m128i(y, x);
+    if (past_cache) _mm256_stream_si256(static_cast<__m256i*>(p), both);
+    else _mm256_storeu_si256(static_cast<__m256i*>(p), both);
+}
+inline void give_pair(bf16* p, F32 x, F32 y, bool past_cache) {
+    give_both(p, narrow(x, bf16()), narrow(y, bf16()), past_cache);
+}
+inline void give_pair(f16* p, F32 x, F32 y, bool past_cache) {
+    give_both(p, narrow(x, f16()), narrow(y, f16()), past_cache);
+}
+
 template <class E> constexpr bool has_transpose = sizeof(E) == 4;
 inline void transpose(F32 (&r)[8]) {
     F32 t[8];
