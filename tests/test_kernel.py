@@ -201,6 +201,27 @@ def test_temperature_and_offset(isa, cols, T):
         assert_grad(r.grad, T * T * grad, "float32")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("shape", ["rising", "late peak", "late peak of the teacher", "low start", "excluded start"])
+def test_rows_that_outgrow_their_first_classes(isa, dtype, shape):
+    "The kernel starts from the largest of the first classes, wherever the maximum is."
+    cols, y = 1271, np.arange(16) % 2 * 1200 + 20
+    s, t = logits(16, cols, seed=8)
+    if shape == "rising": s, t = s + np.linspace(0, 90, cols), t + np.linspace(-50, 60, cols)
+    if shape == "late peak": s[:, 700], t[:, 700] = s[:, 700] + 9, t[:, 700] + 12
+    if shape == "late peak of the teacher": t[:, -1] += 40
+    if shape == "low start": s[:, :600], t[:, :600] = s[:, :600] - 200, t[:, :600] - 300
+    if shape == "excluded start": s[:, :600] = t[:, :600] = -INF
+    s, t = rounded(s, dtype), rounded(t, dtype)
+    for T in (1.0, 4.0):
+        kl, kl_grad = definition(s, t, T)
+        ce, ce_grad = cross_entropy(s, y)
+        r = soft_kl(s, t, y, dtype=dtype, T=T, kl_weight=0.9, ce_weight=0.1)
+        assert_close(r.kl, T * T * kl, what="kl")
+        assert_close(r.ce, ce, what="ce")
+        assert_grad(r.grad, 0.9 * T * T * kl_grad + 0.1 * ce_grad, dtype)
+
+
 def test_huge_logits(isa):
     for cols in (10, 300):
         s, t = (rounded(x, "float32") for x in logits(20, cols, scale=1e4))

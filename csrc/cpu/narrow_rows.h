@@ -31,10 +31,38 @@ class NarrowRows {
     R *s, *t, *es, *et, *h;                                 // [cols][lanes]
 
     // Up to L rows from r on, columns first. Lanes beyond n repeat the last row.
-    void transpose(const void* matrix, int64_t stride, int64_t r, int n, R* out) const {
-        for (int lane = 0; lane < L; ++lane) {
-            const E* row = static_cast<const E*>(matrix) + (r + (lane < n ? lane : n - 1)) * stride;
-            for (int c = 0; c < cols; ++c) out[c * L + lane] = to_real(row[c]);
+    void gather(const void* matrix, int64_t stride, int64_t r, int n, R* out) const {
+        const E* first = static_cast<const E*>(matrix) + r * stride;
+        auto row_of = [&](int lane) { return first + (lane < n ? lane : n - 1) * stride; };
+        if constexpr (has_transpose<E>) {
+            for (int c = 0; c < cols; c += L) {
+                const int width = cols - c < L ? cols - c : L;
+                V block[L];
+                for (int lane = 0; lane < L; ++lane) block[lane] = load_part(row_of(lane) + c, width, V{});
+                transpose(block);
+                for (int i = 0; i < width; ++i) store(out + (c + i) * L, block[i]);
+            }
+        } else {
+            for (int lane = 0; lane < L; ++lane)
+                for (int c = 0; c < cols; ++c) out[c * L + lane] = to_real(row_of(lane)[c]);
+        }
+    }
+
+    // The way back, into the gradient; zeros where a row does not count.
+    void scatter(const R* in, int64_t r, int n, const bool* counts) const {
+        E* first = static_cast<E*>(job.grad) + r * cols;
+        if constexpr (has_transpose<E>) {
+            for (int c = 0; c < cols; c += L) {
+                const int width = cols - c < L ? cols - c : L;
+                V block[L];
+                for (int i = 0; i < L; ++i) block[i] = i < width ? load(in + (c + i) * L) : V{};
+                transpose(block);
+                for (int lane = 0; lane < n; ++lane)
+                    store_part(first + lane * cols + c, width, counts[lane] ? block[lane] : V{});
+            }
+        } else {
+            for (int lane = 0; lane < n; ++lane)
+                for (int c = 0; c < cols; ++c) from_real(counts[lane] ? in[c * L + lane] : R(0), first + lane * cols + c);
         }
     }
 
@@ -61,7 +89,7 @@ class NarrowRows {
         }
         const V zs = sum_s.total(), zt = sum_t.total();
         const Difference<V> c(max_s, max_t);
-        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, V{}};
+        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, R(1) / zt, V{}};
         for (int i = 0; i < cols * L; i += L)
             mass.add(close_mass(load(s + i), load(t + i), load(es + i), load(et + i), k));
         const V m = mass.total();
@@ -119,10 +147,10 @@ private:
             scale_ce[lane] = R(g * job.ce_weight);
             if (kCE) y[lane] = R(counts[lane] ? job.target[r + lane] : 0);
         }
-        transpose(job.student, job.student_stride, r, n, s);
+        gather(job.student, job.student_stride, r, n, s);
         V max_s = maximum(s), kl = V{}, ce = V{};
         if (kKL) {
-            transpose(job.teacher, job.teacher_stride, r, n, t);
+            gather(job.teacher, job.teacher_stride, r, n, t);
             kl = divergence(max_s, maximum(t));
         }
         if (kCE) ce = hard_label(max_s, load(y));
@@ -140,10 +168,7 @@ private:
             if (kKL && kCE) g = fma(load(h + i), load(scale_ce), g);
             store(s + i, g);
         }
-        for (int lane = 0; lane < n; ++lane) {
-            E* grad = static_cast<E*>(job.grad) + (r + lane) * cols;
-            for (int c = 0; c < cols; ++c) from_real(counts[lane] ? s[c * L + lane] : R(0), grad + c);
-        }
+        scatter(s, r, n, counts);
     }
 };
 

@@ -1,5 +1,6 @@
 // What every instruction set shares: which rows count, what multiplies them, and the entry points of the kernels.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "../kdlab.h"
@@ -33,7 +34,7 @@ struct Job : kdlab_soft_kl {
     double grad_scale(int64_t r) const {
         double g = grad_in ? at(grad_in, loss_dtype, reduction == KDLAB_NONE ? r : 0) : 1.0;
         if (row_weight) g *= at(row_weight, loss_dtype, r);
-        return g / denominator;
+        return g == g ? g / denominator : NAN;              // of NaNs only this one: see give_pair
     }
 
     // The terms of row r (KL without kl_factor) go to every output that wants them.
@@ -72,9 +73,9 @@ const Kernels& kernels_in_use();
 
 constexpr int prefetch_ahead = 4096;        // bytes; hardware prefetchers alone leave a third of the bandwidth unused
 
-// Three rows of double for the wide loop; five columns-first blocks of 64 bytes a column for the narrow one.
+// Three rows of double and a few more for the wide loop; five columns-first blocks of 64 bytes a column for the narrow.
 inline size_t scratch_bytes(int64_t cols) {
-    return cols <= 64 ? 5 * 64 * 64 : 3 * sizeof(double) * (static_cast<size_t>(cols) + 16);
+    return cols <= 64 ? 5 * 64 * 64 : sizeof(double) * (3 * (static_cast<size_t>(cols) + 16) + cols / 8 + 2);
 }
 
 extern const Kernels kernels_base;

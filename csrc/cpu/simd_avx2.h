@@ -31,6 +31,7 @@ inline double max_of(F64 x) {
 }
 inline float max_of(F32 x) { return static_cast<float>(max_of(_mm256_max_pd(low_half(x), high_half(x)))); }
 
+template <class V> constexpr bool has_quick_exp2 = false;
 inline F32 power_of_2(F32 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 inline F64 power_of_2(F64 x) { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52)); }
 
@@ -91,6 +92,40 @@ inline void stream(float* p, F32 v) { _mm256_stream_ps(p, v); }
 inline void stream(double* p, F64 v) { _mm256_stream_pd(p, v); }
 template <class E>
 inline void stream(E* p, F32 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, E())); }
+
+// Two vectors of 16-bit numbers fill one store: halves of it past the cache are slow.
+inline void give_both(void* p, __m128i x, __m128i y, bool past_cache) {
+    __m256i both = _mm256_set_m128i(y, x);
+    if (past_cache) _mm256_stream_si256(static_cast<__m256i*>(p), both);
+    else _mm256_storeu_si256(static_cast<__m256i*>(p), both);
+}
+inline void give_pair(bf16* p, F32 x, F32 y, bool past_cache) {
+    give_both(p, narrow(x, bf16()), narrow(y, bf16()), past_cache);
+}
+inline void give_pair(f16* p, F32 x, F32 y, bool past_cache) {
+    give_both(p, narrow(x, f16()), narrow(y, f16()), past_cache);
+}
+
+template <class E> constexpr bool has_transpose = sizeof(E) == 4;
+inline void transpose(F32 (&r)[8]) {
+    F32 t[8];
+    for (int i = 0; i < 8; i += 2) {                        // pairs of rows, element by element
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)                          // four rows in each half of a vector
+        for (int j = 0; j < 2; ++j) {
+            __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + j + 2]);
+            r[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            r[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
+    for (int j = 0; j < 4; ++j) {                           // eight
+        F32 low = r[j], high = r[j + 4];
+        r[j] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[j + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + prefetch_ahead, _MM_HINT_T0); }
 inline void stream_end() { _mm_sfence(); }
 

@@ -49,6 +49,8 @@ inline double max_of(F64 v) {
     return x[0];
 }
 
+// Is there quick_exp2(x, k), which is 2^(x k) where x k is below 4?
+template <class V> constexpr bool has_quick_exp2 = false;
 // 2^n from n + exponent bias in the low bits of x (see exp2_of); 0 for n = -127 (float) or -1023 (double)
 inline F32 power_of_2(F32 x) {
     I32 i;
@@ -104,6 +106,9 @@ inline void store_part(E* p, int n, V v) {
     std::memcpy(x, &v, sizeof x);
     for (int i = 0; i < n; ++i) from_real(x[i], p + i);
 }
+
+// Is there transpose(), which makes columns of as many rows as there are lanes, and is it quick for elements of type E?
+template <class E> constexpr bool has_transpose = false;
 
 template <class E, class V>
 inline void stream(E* p, V v) { store(p, v); }              // past the cache where the CPU can

@@ -1,7 +1,7 @@
 // The equations of the softened forward KL and of cross-entropy, for one vector of elements. The loops around them are
 // in wide_rows.h (lanes are classes) and narrow_rows.h (lanes are rows). Included once per instruction set.
 //
-// With a = s - max s, b = t - max t, e_s = exp(a/T), e_t = exp(b/T), Z = sum e, M = sum e_t (b - a):
+// With a = s - (about max s), b = t - (about max t), e_s = exp(a/T), e_t = exp(b/T), Z = sum e, M = sum e_t (b - a):
 //
 //     p_s = e_s / Z_s,   p_t = e_t / Z_t,   KL = sum p_t log(p_t / p_s) = M / (T Z_t) + log(Z_s / Z_t),
 //     d KL / d s = (p_s - p_t) / T                                                                  (the fast form)
@@ -29,6 +29,13 @@ struct Temperature {
 template <class V>
 inline V softened_exp(V x, const Temperature<V>& T) { return exp2_of(max(T.floor, x), T.k, T.k_rest); }  // NaN passes
 
+// The same for x / T below 3, and NaN or anything above that.
+template <class V>
+inline V quick_exp(V x, const Temperature<V>& T) {
+    if constexpr (has_quick_exp2<V>) return quick_exp2(x, T.k);
+    else return softened_exp(x, T);
+}
+
 // e_t (b - a), where 0 * -inf = 0. A class that only the student excludes is looked for apart: see excludes_more.
 template <class V>
 inline V weighted_difference(V et, V b, V a, const Temperature<V>& T) {
@@ -55,11 +62,11 @@ struct Difference {
     }
 };
 
-// w = v + lambda = (s - t - (max s - max t)) / T, free of cancellation; e^lambda = sum p_t e^w = 1 + sum close_mass.
-// p_t = pt e_t, p_s = ps e_s, p_t e^w = pt e_s.
+// w = v + lambda = (s - t - c) / T, free of cancellation, for any c; e^lambda = sum p_t e^w = 1 + sum close_mass. And
+// KL = sum p_t psi(w) + lambda + 1 - e^lambda.   p_t = pt e_t, p_s = ps e_s, p_t e^w = pw e_s.
 template <class V>
 struct Close {
-    V c, c_error, inverse_T, pt, ps, lambda;
+    V c, c_error, inverse_T, pt, ps, pw, lambda;
 
     V w(V s, V t) const {                           // NaN for a class at -inf
         Difference<V> d(s, t);
@@ -69,8 +76,8 @@ struct Close {
 
 template <class V>
 inline V close_mass(V s, V t, V es, V et, const Close<V>& k) {   // p_t (e^w - 1)
-    V w = k.w(s, t);
-    return k.pt * (abs(w) < series_range<V> ? et * (w + psi(w)) : es - et);
+    V w = k.w(s, t), pt = et * k.pt;
+    return abs(w) < series_range<V> ? pt * (w + psi(w)) : fma(es, k.pw, -pt);
 }
 
 template <class V>

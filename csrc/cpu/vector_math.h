@@ -11,6 +11,7 @@ template <> struct Scalar<F32> {
     static constexpr float rounder = 12582912.0f + 127.0f;  // 1.5 * 2^23 + bias: adding it rounds to whole numbers
     static constexpr float exp_floor = -127;                // 2^x counts as 0 from here down
     static constexpr float lowest = -1e38f;                 // stands for -inf where 0 * -inf must be 0
+    static constexpr float least = -3.402823466e38f;        // the finite end
     static constexpr int psi_terms = 8, log_terms = 5;
     static constexpr int32_t sqrt_half = 0x3f3504f3;        // bits of sqrt(1/2)
 };
@@ -22,6 +23,7 @@ template <> struct Scalar<F64> {
     static constexpr double rounder = 6755399441055744.0 + 1023.0;      // 1.5 * 2^52 + bias
     static constexpr double exp_floor = -1023;
     static constexpr double lowest = -1e308;
+    static constexpr double least = -1.7976931348623157e308;
     static constexpr int psi_terms = 17, log_terms = 11;
     static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
 };

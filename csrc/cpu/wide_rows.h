@@ -1,8 +1,11 @@
 // Soft KL and cross-entropy of rows with many classes: lanes are classes. Included once per instruction set.
 //
-// One sweep over memory does three things at once: the maxima of the next row, the exponentials and sums of this row
-// (kept in scratch), and the gradient of the row before, from scratch. Each input is read from memory once, and
-// reading, arithmetic and writing overlap. Rows where the fast form is too coarse are then done again in close form.
+// One sweep over memory does two things at once: the exponentials and sums of this row (kept in scratch), and the
+// gradient of the row before, from scratch. Each input is read from memory once, and reading, arithmetic and writing
+// overlap. Nothing is spent on finding the maxima first: exponentials are relative to a reference, the maximum of the
+// row's first elements. Where the row exceeds it by much, its maximum so far becomes the new reference, and what was
+// made with older ones is brought up to date at the end. Rows where the fast form is too coarse are then done again in
+// close form.
 namespace KDLAB_ISA {
 
 template <class E>
@@ -10,18 +13,11 @@ struct Row {
     typedef Real<VecOf<E>> R;
     const E *s, *t;
     E* grad;
-    R max_s, max_t;
-    bool excludes;                          // the student has a class at -inf
+    R from_s, from_t;                       // the references
 };
 
 template <class V>
 struct Scratch { Real<V> *es, *et, *h; };
-
-template <class V>
-struct Extremes { V max_s, max_t, min_s; };
-
-template <class V>
-inline Extremes<V> nothing_seen() { return {all<V>(-INFINITY), all<V>(-INFINITY), all<V>(INFINITY)}; }
 
 // A sum over a row: a few vectors are added in their own precision, then the lanes go on in double.
 template <class V> class RowSum;
@@ -32,9 +28,12 @@ class RowSum<F32> {
 public:
     void add(F32 x) { part = part + x; }
     void carry() {
-        low = low + low_half(part);
-        high = high + high_half(part);
+        carry(part);
         part = F32{};
+    }
+    void carry(F32 sum) {
+        low = low + low_half(sum);
+        high = high + high_half(sum);
     }
     double total() const { return sum_of(low + high); }
 };
@@ -44,17 +43,43 @@ class RowSum<F64> {
 public:
     void add(F64 x) { all = all + x; }
     void carry() {}
+    void carry(F64 sum) { all = all + sum; }
     double total() const { return sum_of(all); }
 };
 constexpr int64_t carry_every = 8;
 
+// What a part of a row adds up to
+template <class V>
+struct Part { V zs, zt, m, zh; };
+
+template <class V>
+inline Part<V> operator+(const Part<V>& x, const Part<V>& y) {
+    return {x.zs + y.zs, x.zt + y.zt, x.m + y.m, x.zh + y.zh};
+}
+
+// A sum over a row, relative to a reference that may change on the way
+template <class V>
+class RelativeSum {
+    RowSum<V> sum;
+    double before = 0;                                      // what was summed up before the reference changed last
+public:
+    void carry(V part) { sum.carry(part); }
+    double total() const { return before + sum.total(); }
+    void replace(double x) {
+        sum = RowSum<V>();
+        before = x;
+    }
+};
+
 template <class V>
 struct Sums {
-    RowSum<V> zs, zt, m, zh;
+    RelativeSum<V> zs, zt, m, zh;
+    V top_s = all<V>(-INFINITY), top_t = top_s;             // maxima of the row so far
+
     template <bool kKL, bool kCE>
-    void carry() {
-        if (kKL) { zs.carry(); zt.carry(); m.carry(); }
-        if (kCE) zh.carry();
+    void carry(const Part<V>& p) {
+        if (kKL) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
+        if (kCE) zh.carry(p.zh);
     }
 };
 
@@ -67,6 +92,19 @@ inline void give(E* p, int n, V v, bool past_cache) {
     if (kTail) store_part(p, n, v);
     else if (past_cache) stream(p, v);
     else store(p, v);
+}
+
+// Two whole vectors of a row. bfloat16 has its own where that is worth it.
+template <class E, class V>
+inline void load_pair(const E* p, V& x, V& y) {
+    x = load(p);
+    y = load(p + lanes<V>);
+}
+
+template <class E, class V>
+inline void give_pair(E* p, V x, V y, bool past_cache) {
+    give<false>(p, 0, x, past_cache);
+    give<false>(p + lanes<V>, 0, y, past_cache);
 }
 
 // Calls body(i) for whole vectors, tail(i, n) for the last n elements, and after every few vectors carry().
@@ -94,13 +132,18 @@ class WideRows {
     const int64_t cols, end;
     const Temperature<V> temperature, one{1.0};
     Scratch<V> x;
+    static constexpr int most_e = 4;                        // the largest exponential
+    R margin;                                               // by how much a row may exceed its reference, so that it is
+    struct Reference { R s, t; } *references;               // of each step along the row
     const V low = all<V>(-INFINITY);
+    static constexpr int64_t step = (lanes<V> < 16 ? 8 : 16) * lanes<V>;     // the fewer lanes, the shorter their sums
 
     Row<E> row_at(int64_t r) const {
         Row<E> row = {};
         row.s = static_cast<const E*>(job.student) + r * job.student_stride;
         row.t = kKL ? static_cast<const E*>(job.teacher) + r * job.teacher_stride : row.s;
         row.grad = job.grad ? static_cast<E*>(job.grad) + r * cols : nullptr;
+        first_references(row);
         return row;
     }
 
@@ -113,112 +156,193 @@ class WideRows {
         return r;
     }
 
-    template <bool kTail>
-    void look(const Row<E>& row, int64_t i, int n, Extremes<V>& e) const {
-        e.max_s = max(e.max_s, take<kTail>(row.s + i, n, low));
-        if (!kKL) return;
-        e.max_t = max(e.max_t, take<kTail>(row.t + i, n, low));
-        e.min_s = min(e.min_s, take<kTail>(row.s + i, n, -low));
-    }
-
-    void set_extremes(Row<E>& row, const Extremes<V>& e) const {
-        row.max_s = max_of(e.max_s);
-        if (!kKL) return;
-        row.max_t = max_of(e.max_t);
-        row.excludes = max_of(-e.min_s) == INFINITY;
-    }
-
-    template <bool kTail>
-    void exponentials(const Row<E>& row, int64_t i, int n, Sums<V>& z) const {
-        V a = take<kTail>(row.s + i, n, low) - row.max_s;
-        if (kKL) {
-            V b = take<kTail>(row.t + i, n, low) - row.max_t;
-            V es = softened_exp(a, temperature), et = softened_exp(b, temperature);
-            store(x.es + i, es);
-            store(x.et + i, et);
-            z.zs.add(es);
-            z.zt.add(et);
-            z.m.add(weighted_difference(et, b, a, temperature));
-        }
-        if (kCE) {
-            V h = softened_exp(a, one);
-            store(x.h + i, h);
-            z.zh.add(h);
-        }
-    }
-
-    template <bool kTail>
-    void gradient(E* grad, int64_t i, int n, const Factors<V>& f) const {
-        V g = fast_gradient<kKL, kCE>(load(x.es + i), load(x.et + i), load(x.h + i), f);
-        give<kTail>(grad + i, n, g, job.stream);
-    }
-
-    // Exponentials and sums of `row`; gradient of the row before, if kGrad; extremes of the next row.
-    template <bool kGrad>
-    void sweep(const Row<E>& row, E* grad, const Factors<V>& f, const Row<E>& next, Sums<V>& z, Extremes<V>& e) const {
-        along_row<V>(cols,
+    void first_references(Row<E>& row) const {
+        V s = low, t = low;
+        along_row<V>(cols < step ? cols : step,
             [&](int64_t i) {
-                if (kGrad) gradient<false>(grad, i, 0, f);
-                exponentials<false>(row, i, 0, z);
-                prefetch(next.s + i);
-                if (kKL) prefetch(next.t + i);
-                look<false>(next, i, 0, e);
+                s = max(load(row.s + i), s);
+                if (kKL) t = max(load(row.t + i), t);
             },
             [&](int64_t i, int n) {
-                if (kGrad) gradient<true>(grad, i, n, f);
-                exponentials<true>(row, i, n, z);
-                look<true>(next, i, n, e);
-            },
-            [&] { z.template carry<kKL, kCE>(); });
+                s = max(load_part(row.s + i, n, low), s);
+                if (kKL) t = max(load_part(row.t + i, n, low), t);
+            }, [] {});
+        row.from_s = std::fmax(max_of(s), Scalar<V>::least);                     // finite, so that -inf is far below
+        row.from_t = std::fmax(max_of(t), Scalar<V>::least);
+    }
+
+    // From now on the maxima so far are the references.
+    void raise_references(Row<E>& row, Sums<V>& z) const {
+        const Row<E> old = row;
+        row.from_s = std::fmax(row.from_s, max_of(z.top_s));
+        double up_s = double(row.from_s) - double(old.from_s);
+        if (kKL) {
+            row.from_t = std::fmax(row.from_t, max_of(z.top_t));
+            double up_t = double(row.from_t) - double(old.from_t), zt = z.zt.total(), fall = std::exp(-up_t / job.T);
+            z.m.replace((z.m.total() + (up_s - up_t) * zt) * fall);
+            z.zt.replace(zt * fall);
+            z.zs.replace(z.zs.total() * std::exp(-up_s / job.T));
+        }
+        if (kCE) z.zh.replace(z.zh.total() * std::exp(-up_s));
+    }
+
+    static void lower(R* e, int64_t end, R up, const Temperature<V>& T) {
+        if (up == 0) return;
+        const V fall = softened_exp(all<V>(-up), T);
+        for (int64_t i = 0; i < end; i += lanes<V>) store(e + i, load(e + i) * fall);
+    }
+
+    // Makes all exponentials relative to the row's last references.
+    void bring_up_to_date(const Row<E>& row) const {
+        const Reference* from = references;
+        for (int64_t i = 0; i < cols; i += step, ++from) {
+            const int64_t n = cols - i < step ? cols - i : step;
+            if (kKL) lower(x.es + i, n, row.from_s - from->s, temperature);
+            if (kKL) lower(x.et + i, n, row.from_t - from->t, temperature);
+            if (kCE) lower(x.h + i, n, row.from_s - from->s, one);
+        }
+    }
+
+    // Elements from `begin` to `end`: exponentials and sums of `row`, and if kGrad the gradient of the row before. What
+    // lies behind the row's end counts nothing.
+    template <bool kGrad>
+    Part<V> part(const Row<E>& row, E* grad, const Factors<V>& factors, int64_t begin, int64_t end, Sums<V>& z) const {
+        const E *const row_s = row.s, *const row_t = row.t;                      // all of these in registers
+        const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
+        const Scratch<V> x = this->x;
+        const Temperature<V> T = temperature;
+        const Factors<V> f = factors;
+        const bool past_cache = job.stream;
+        V top_s = z.top_s, top_t = z.top_t;
+        auto exponentials = [&](int64_t i, V s, V t, Part<V>& p) {
+            V a = s - from_s;
+            top_s = max(s, top_s);
+            if (kKL) {
+                V b = t - from_t, es = quick_exp(a, T), et = quick_exp(b, T);
+                top_t = max(t, top_t);
+                store(x.es + i, es);
+                store(x.et + i, et);
+                p.zs = p.zs + es;
+                p.zt = p.zt + et;
+                p.m = fma(et, b - a, p.m);
+            }
+            if (kCE) {
+                V h = quick_exp(a, one);
+                store(x.h + i, h);
+                p.zh = p.zh + h;
+            }
+        };
+        constexpr int64_t L = lanes<V>;
+        Part<V> even = {}, odd = {};                        // two sums of half as many terms round less than one
+        int64_t i = begin;
+        for (; i + 2 * L <= end; i += 2 * L) {
+            if (kGrad) give_pair(grad + i, gradient_at(x, i, f), gradient_at(x, i + L, f), past_cache);
+            V s[2], t[2] = {};
+            load_pair(row_s + i, s[0], s[1]);
+            prefetch(row_s + i);
+            if (sizeof(E) > 2) prefetch(row_s + i + L);
+            if (kKL) {
+                load_pair(row_t + i, t[0], t[1]);
+                prefetch(row_t + i);
+                if (sizeof(E) > 2) prefetch(row_t + i + L);
+            }
+            exponentials(i, s[0], t[0], even);
+            exponentials(i + L, s[1], t[1], odd);
+        }
+        if (i + L <= end) {
+            if (kGrad) give<false>(grad + i, 0, gradient_at(x, i, f), past_cache);
+            exponentials(i, load(row_s + i), load(row_t + i), even);
+            i += L;
+        }
+        if (i < end) {
+            const int n = static_cast<int>(end - i);
+            if (kGrad) store_part(grad + i, n, gradient_at(x, i, f));
+            exponentials(i, load_part(row_s + i, n, nothing_to(row.from_s)),
+                         load_part(row_t + i, n, nothing_to(row.from_t)), odd);
+        }
+        z.top_s = top_s;
+        z.top_t = top_t;
+        return even + odd;
+    }
+
+    // What adds nothing to the sums: finite where it can be, because 0 * -inf would look like an excluded class.
+    static V nothing_to(R from) { return all<V>(from > Scalar<V>::lowest / 2 ? Scalar<V>::lowest : R(-INFINITY)); }
+
+    static V gradient_at(const Scratch<V>& x, int64_t i, const Factors<V>& f) {
+        return fast_gradient<kKL, kCE>(load(x.es + i), load(x.et + i), load(x.h + i), f);
+    }
+
+    // Exponentials and sums of `row`, and if kGrad the gradient of the row before
+    template <bool kGrad>
+    Sums<V> sweep(Row<E>& row, E* grad, const Factors<V>& f) const {
+        Sums<V> z;
+        bool raised = false;
+        Reference* from = references;
+        for (int64_t begin = 0; begin < cols; begin += step) {
+            const int64_t end = begin + step < cols ? begin + step : cols;
+            Part<V> p = part<kGrad>(row, grad, f, begin, end, z);
+            if (max_of(max(z.top_s - row.from_s, z.top_t - row.from_t)) > margin) {
+                raised = true;
+                raise_references(row, z);
+                p = part<false>(row, grad, f, begin, end, z);
+            }
+            *from++ = {row.from_s, row.from_t};
+            z.template carry<kKL, kCE>(p);
+        }
+        if (raised) bring_up_to_date(row);
+        return z;
+    }
+
+    // M where 0 * -inf = 0
+    double sum_of_differences(const Row<E>& row) const {
+        RowSum<V> m;
+        auto add = [&](V s, V t, int64_t i) {
+            m.add(weighted_difference(load(x.et + i), t - row.from_t, s - row.from_s, temperature));
+        };
+        along_row<V>(cols, [&](int64_t i) { add(load(row.s + i), load(row.t + i), i); },
+                     [&](int64_t i, int n) { add(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
+                     [&] { m.carry(); });
+        return m.total();
     }
 
     // Is the fast form too coarse here? Its error is about 1e-7 of what is subtracted: of the largest probability in
     // the gradient; in KL less, the more classes share the mass.
-    static bool is_close(double kl, double zs, double zt) {
+    bool is_close(const Row<E>& row, double kl, double zs, double zt, const Sums<V>& z) const {
         if (sizeof(R) == 8) return kl < 1e-3;
-        double top_s = 1 / zs, top_t = 1 / zt, top = top_s > top_t ? top_s : top_t;
+        const double no_top_above = most_e / std::fmin(zs, zt);
+        if (no_top_above < 0.1 && kl > 0.03 + 0.16 * std::sqrt(no_top_above)) return false;
+        double top_s = max_of(softened_exp(z.top_s - row.from_s, temperature)) / zs;
+        double top_t = max_of(softened_exp(z.top_t - row.from_t, temperature)) / zt;
+        double top = std::fmax(top_s, top_t);
         return kl < 0.03 + 0.16 * std::sqrt(top) || (top > 0.1 && std::fabs(top_s - top_t) < 0.15 * top);
     }
 
-    // KL of the row and its whole gradient in close form.
-    double close_row(const Row<E>& row, double zs, double zt, double kl_grad, V factor_h) const {
-        const double c = double(row.max_s) - double(row.max_t);
-        Close<V> k;
+    // KL of the row in close form, with lambda = 0: M = sum p_t (e^w - 1) is about 0 here. p_t (e^w - 1) takes the place
+    // of e_s, so that the gradient is made as for every row, from p_s - p_t = (p_t (e^w - 1) - M p_t) / (1 + M).
+    double close_row(const Row<E>& row, double zs, double zt, double kl_grad, Factors<V>& f) const {
+        const double c = double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);
+        Close<V> k = {};
         k.c = all<V>(R(c));
         k.c_error = all<V>(R(c - double(R(c))));
         k.inverse_T = all<V>(R(1 / job.T));
         k.pt = all<V>(R(1 / zt));
         k.ps = all<V>(R(1 / zs));
         RowSum<V> mass, value;
-        along_row<V>(cols,
-            [&](int64_t i) {
-                mass.add(close_mass(load(row.s + i), load(row.t + i), load(x.es + i), load(x.et + i), k));
-            },
-            [&](int64_t i, int n) {
-                mass.add(close_mass(load_part(row.s + i, n, low), load_part(row.t + i, n, low), load(x.es + i),
-                                    load(x.et + i), k));
-            },
-            [&] { mass.carry(); });
-        double m = mass.total();
-        k.lambda = all<V>(R(std::fabs(m) < 0.5 ? std::log1p(m) : std::log(zs / zt)));
-        const V scale = all<V>(R(kl_grad));
-        auto finish = [&](const CloseTerms<V>& terms, int64_t i) {
+        auto one = [&](V s, V t, int64_t i) {
+            prefetch(row.s + job.student_stride + i);       // of the next row, while memory would be idle
+            prefetch(row.t + job.teacher_stride + i);
+            CloseTerms<V> terms = close_terms(s, t, load(x.es + i), load(x.et + i), k);
+            store(x.es + i, terms.gradient);
+            mass.add(terms.gradient);
             value.add(terms.value);
-            V g = terms.gradient * scale;
-            return kCE ? fma(load(x.h + i), factor_h, g) : g;
         };
-        along_row<V>(cols,
-            [&](int64_t i) {
-                V g = finish(close_terms(load(row.s + i), load(row.t + i), load(x.es + i), load(x.et + i), k), i);
-                if (row.grad) give<false>(row.grad + i, 0, g, job.stream);
-            },
-            [&](int64_t i, int n) {
-                V g = finish(close_terms(load_part(row.s + i, n, low), load_part(row.t + i, n, low), load(x.es + i),
-                                         load(x.et + i), k), i);
-                if (row.grad) store_part(row.grad + i, n, g);
-            },
-            [&] { value.carry(); });
-        return value.total();
+        along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
+                     [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
+                     [&] { mass.carry(); value.carry(); });
+        const double M = mass.total();
+        f.s = all<V>(R(kl_grad / (1 + M)));
+        f.t = all<V>(R(kl_grad * M / (1 + M) / zt));
+        return value.total() + (std::log1p(M) - M);
     }
 
     // Does the student exclude a class (-inf) that the teacher does not? Then KL is +inf.
@@ -241,7 +365,7 @@ class WideRows {
             others = sum.total();
         }
         x.h[y] = R(-others);
-        return confident ? std::log1p(others / hy) : std::log(zh) - (double(to_real(row.s[y])) - double(row.max_s));
+        return confident ? std::log1p(others / hy) : std::log(zh) - (double(to_real(row.s[y])) - double(row.from_s));
     }
 
 public:
@@ -249,25 +373,16 @@ public:
         const int64_t padded = (cols + 15) / 16 * 16;
         R* m = static_cast<R*>(memory);
         x = {m, kKL ? m + padded : m, kCE && kKL ? m + 2 * padded : m};
+        references = reinterpret_cast<Reference*>(m + 3 * padded);
+        margin = R(std::log(most_e) * (kCE && job.T > 1 ? 1 : job.T));
     }
 
     void run(int64_t begin) const {
-        int64_t r = next_row(begin);
-        if (r >= end) return;
-        Row<E> row = row_at(r);
-        Extremes<V> e = nothing_seen<V>();
-        along_row<V>(cols, [&](int64_t i) { look<false>(row, i, 0, e); },
-                     [&](int64_t i, int n) { look<true>(row, i, n, e); }, [] {});
-        set_extremes(row, e);
         E* pending = nullptr;                               // where the gradient of the row before goes
         Factors<V> f = {};
-        while (r < end) {
-            const int64_t n = next_row(r + 1);
-            Row<E> next = n < end ? row_at(n) : row;
-            Sums<V> z;
-            e = nothing_seen<V>();
-            if (pending) sweep<true>(row, pending, f, next, z, e);
-            else sweep<false>(row, pending, f, next, z, e);
+        for (int64_t r = next_row(begin); r < end; r = next_row(r + 1)) {
+            Row<E> row = row_at(r);
+            Sums<V> z = pending ? sweep<true>(row, pending, f) : sweep<false>(row, nullptr, f);
             pending = row.grad;
             const double g = job.grad_scale(r);
             double kl = 0, ce = 0;
@@ -277,24 +392,21 @@ public:
                 f.h = all<V>(R(g * job.ce_weight / zh));
             }
             if (kKL) {
-                double zs = z.zs.total(), zt = z.zt.total(), g_kl = g * job.kl_weight * job.kl_factor / job.T;
+                double zs = z.zs.total(), zt = z.zt.total(), m = z.m.total();
+                double g_kl = g * job.kl_weight * job.kl_factor / job.T;
+                bool excludes = !std::isfinite(m);          // a class at -inf, or the row is spoiled anyway
+                if (excludes) m = sum_of_differences(row);
                 f.s = all<V>(R(g_kl / zs));
                 f.t = all<V>(R(g_kl / zt));
-                kl = z.m.total() / zt / job.T + std::log(zs / zt);
-                if (row.excludes && kl == kl && excludes_more(row)) kl = INFINITY;
-                else if (is_close(kl, zs, zt)) {
-                    kl = close_row(row, zs, zt, g_kl, f.h);
-                    pending = nullptr;
-                }
+                kl = zs > 0 && zt > 0 ? m / zt / job.T + std::log(zs / zt) : NAN;         // NaN: a row wholly at -inf
+                if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
+                else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
             }
             job.write_row(r, kl, ce);
-            set_extremes(next, e);
-            row = next;
-            r = n;
         }
         if (pending)
-            along_row<V>(cols, [&](int64_t i) { gradient<false>(pending, i, 0, f); },
-                         [&](int64_t i, int n) { gradient<true>(pending, i, n, f); }, [] {});
+            along_row<V>(cols, [&](int64_t i) { give<false>(pending + i, 0, gradient_at(x, i, f), job.stream); },
+                         [&](int64_t i, int n) { store_part(pending + i, n, gradient_at(x, i, f)); }, [] {});
         stream_end();
     }
 };
