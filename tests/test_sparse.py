@@ -200,13 +200,14 @@ def test_a_mass_above_one_by_rounding(backend, tail):
 @backends
 @tails
 def test_infinities_and_nan_stay_in_their_row(backend, tail):
-    student, _, log_probs, ids = case(rows=(8,), T=1.0)
+    student, _, log_probs, ids = case(rows=(9,), T=1.0)
     with torch.no_grad():
         student[1, ids[1, 2]] = -torch.inf # the student excludes a class that was kept: infinite
         student[2] = torch.where(torch.zeros(37, dtype=torch.bool).scatter(0, ids[2], True), student[2], -torch.inf) # and all others
         student[3, 5] = torch.nan
         student[4, 6] = torch.inf
         student[5] = -torch.inf
+        student[8, ids[8, 0]] = torch.inf
     log_probs[6, 0], log_probs[7, 1] = torch.nan, torch.inf
     rows = sparse_forward_kl(student, log_probs, ids, tail=tail, reduction="none", backend=backend)
     assert rows[0].isfinite() and rows[1] == torch.inf and rows[3:].isnan().all()

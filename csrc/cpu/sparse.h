@@ -187,7 +187,7 @@ class SparseRows {
         }
         if (t.rest > 0 && job.tail == KDLAB_BUCKET) {
             y.value += t.rest * (std::log(t.rest) - o.log_w);
-            y.f = o.z > 0 ? (o.z * o.unit - t.rest) / o.z : o.z;
+            y.f = o.z > 0 ? (o.z * o.unit - t.rest) / o.z : 0 * (o.z + o.total);
         }
         if (t.rest > 0 && is_uniform) {
             const double n = double(cols - t.kept), share = t.rest / n;
