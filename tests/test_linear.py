@@ -101,6 +101,13 @@ def test_only_the_gradients_that_are_asked_for(backend):
     with torch.no_grad(): assert not chunked(student, teacher, backend=backend).requires_grad
 
 
+def test_no_gradient_is_made_where_nobody_asks(monkeypatch):
+    monkeypatch.setattr(engine, "_products", None)
+    student, teacher, _ = heads()
+    with torch.no_grad(): loss = chunked(student, teacher)
+    assert loss == chunked([x.detach() for x in student], teacher)
+
+
 @backends
 def test_nothing_and_all_masked(backend):
     student, teacher, _ = heads(rows=(0,))
@@ -167,6 +174,24 @@ def test_a_row_that_does_not_count_may_hold_anything(backend, monkeypatch):
         for a, b in zip((got, *torch.autograd.grad(got, student)), (want, *grads)): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     spoilt = chunked(student, teacher, y, reduction="none", backend=backend)
     assert spoilt[0, 3].isnan() and spoilt.isnan().sum() == 2 and spoilt[1, 1] == 0
+
+
+@backends
+@pytest.mark.parametrize("spread, near", [(1.0, 1e-3), (40.0, 1.0), (1.0, 0.1)])
+def test_rows_that_need_care_though_the_gradient_is_written_over_the_logits(backend, spread, near):
+    (hs, ws, bs), (ht, wt, bt), y = heads(rows=(40,), classes=1003, dtype=torch.float32)
+    with torch.no_grad(): student = [(ht + near * torch.randn_like(ht)) * spread, wt.clone(), bt + 1e3]
+    student = [x.detach().requires_grad_() for x in student]
+    teacher = [ht * spread, wt, bt]
+    one = chunked(student, teacher, y, T=2.0, chunk=16, backend=backend)
+    # the logits as the products round them, then everything in float64
+    z_s, z_t = F.linear(*student).detach(), F.linear(*teacher)
+    exact = z_s.double().requires_grad_()
+    want = kd.functional.forward_kl(exact, z_t.double(), y, T=2.0)
+    g, = torch.autograd.grad(want, exact)
+    assert abs(one - want) < 1e-6 * want
+    for got, grad in zip(torch.autograd.grad(one, student), (g @ wt.double(), g.t() @ student[0].double(), g.sum(0))):
+        assert (got - grad).abs().max() < 1e-5 * grad.abs().max()
 
 
 @backends

@@ -100,11 +100,12 @@ def _chunk_loss(z_s, z_t, target, mask, row_weight, q, grad_in, need_grad:bool, 
         return _chunk_loss(z_s, z_t, target, mask, row_weight, q, grad_in, need_grad, backend)
     return out, grad
 
-# %% ../../nbs/api/functional/05_linear.ipynb #a21d6204
+# %% ../../nbs/api/functional/05_linear.ipynb #184a7ad6
 def _autograd_here():
     "Autograd, also inside an operator."
     key = torch._C.DispatchKey.AutogradFunctionality
-    return torch._C._SetExcludeDispatchKeyGuard(key, False) if torch._C._dispatch_tls_is_dispatch_key_excluded(key) else nullcontext()
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(key): return nullcontext()
+    return torch._C._SetExcludeDispatchKeyGuard(key, False)
 
 def _torch_rows(z_s, z_t, target, mask, row_weight, q, grad_in, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "Loss and gradient of some rows by autograd."
@@ -193,8 +194,9 @@ def _sweep(heads:_Heads, grad_in:Tensor|None, need:list[bool])->tuple[Tensor, li
     if rows is None: rows = torch.stack(sums).sum(dtype=torch.float64).to(out) if sums else hs.new_zeros((), dtype=out)
     return rows, [None if g is None else g.to(hs.dtype) for g in grads]
 
-# %% ../../nbs/api/functional/05_linear.ipynb #f848229f
-def _swept(heads:tuple, rows:tuple, q, backend:str, chunk:int|None, grad_in, need:list[bool])->tuple[Tensor, list[Tensor|None]]:
+# %% ../../nbs/api/functional/05_linear.ipynb #78ce46d0
+def _swept(heads:tuple, rows:tuple, q:ops.Question, backend:str, chunk:int|None, grad_in:Tensor|None, need:list[bool]
+           )->tuple[Tensor, list[Tensor|None]]:
     "Loss and gradients in the shapes of the caller's tensors."
     off = torch.autocast(heads[0].device.type, enabled=False) if _autocasting(heads[0].device.type) else nullcontext()
     with off: loss, grads = _sweep(_Heads(heads, rows, q, backend, chunk), grad_in, need)
@@ -218,7 +220,7 @@ def _scaled(grad:Tensor|None, factor:Tensor)->Tensor|None:
     if grad is None or ops._C is not None and ops._C.multiply(grad, factor, ops.threads()): return grad
     return grad.mul_(factor)
 
-# %% ../../nbs/api/functional/05_linear.ipynb #c403585c
+# %% ../../nbs/api/functional/05_linear.ipynb #dd51ec46
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, backend, chunk, *tensors):
@@ -234,7 +236,8 @@ class _LinearLoss(torch.autograd.Function):
         heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         if torch.is_grad_enabled():
             inputs = [x for x, need in zip(heads, ctx.need) if need]
-            found = iter(torch.autograd.grad(_whole(heads, rows, ctx.rest[0], "torch"), inputs, grad_out, create_graph=True))
+            loss = _whole(heads, rows, ctx.rest[0], "torch")
+            found = iter(torch.autograd.grad(loss, inputs, grad_out, create_graph=True))
             grads = [next(found) if need else None for need in ctx.need]
         elif grads is None or ctx.waits: _, grads = _swept(heads, rows, *ctx.rest, grad_out.contiguous(), ctx.need)
         else: grads = [_scaled(g, grad_out) for g in grads]
@@ -277,9 +280,9 @@ def _backward(ctx, grad_out, *_):
 
 linear_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../../nbs/api/functional/05_linear.ipynb #0e8b7d4f
+# %% ../../nbs/api/functional/05_linear.ipynb #a29f0dff
 def _linear_question(hs, ht, target, classes:int, hard_weight, **options)->tuple[tuple, ops.Question]:
-    "Labels, mask and row weights, checked as for logits, and the question; values of labels in eager code on the CPU."
+    "Labels, mask and row weights, checked as for logits, and the question; labels' values in eager code on the CPU."
     has_labels = isinstance(hard_weight, Tensor) or hard_weight != 0 # a tensor's value is not looked at
     rows, q = question(hs[..., :1].detach(), ht[..., :1].detach(), target, hard_weight=hard_weight if has_labels else None,
                        **options)
@@ -293,14 +296,17 @@ def _check_chunk(chunk)->None:
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be a whole number of rows > 0, or None, got {chunk!r}")
 
-# %% ../../nbs/api/functional/05_linear.ipynb #4a123ed7
+# %% ../../nbs/api/functional/05_linear.ipynb #6fc5f88b
 def _answer(heads:tuple, rows:tuple, q:ops.Question, backend:str, chunk:int|None, detach_teacher:bool)->Tensor:
     "In chunks, or through whole logits where only those will do."
     learns = lambda x: isinstance(x, Tensor) and x.requires_grad
     if not detach_teacher or learns(q.T) or learns(rows[2]) or ops._transforming(): return _whole(heads, rows, q, backend)
     heads = *heads[:3], *(None if x is None else x.detach() for x in heads[3:])
-    if not ops._as_operator(): return _LinearLoss.apply(q, backend, chunk, *heads, *rows)
-    need = [torch.is_grad_enabled() and learns(x) and not _waits(heads[0], q) for x in heads[:3]]
+    need = [torch.is_grad_enabled() and learns(x) for x in heads[:3]]
+    if not ops._as_operator():
+        if not any(need): return _swept(heads, rows, q, backend, chunk, None, need)[0]
+        return _LinearLoss.apply(q, backend, chunk, *heads, *rows)
+    need = [n and not _waits(heads[0], q) for n in need]
     normalizer = None if q.normalizer is None else ops._number(q.normalizer)
     return linear_op(None, *heads, *rows, ops._number(q.T), ops._number(q.kl_weight), ops._number(q.ce_weight), normalizer,
                      q.t_squared, q.ignore_index, q.reduction, q.use_ce, q.kind, q.mix, backend, chunk, need)[0]

@@ -36,29 +36,32 @@ def top_k(
         values, ids = z.topk(k, -1)
         return TopK(values - z.logsumexp(-1, keepdim=True), ids)
 
-# %% ../../nbs/api/functional/06_sparse.ipynb #253dee0a
+# %% ../../nbs/api/functional/06_sparse.ipynb #0fa993f2
 def _check_stored(student, log_probs, ids)->None:
     "Raise unless the stored teacher has k entries for each row of the student."
     for name, x in (("teacher_log_probs", log_probs), ("teacher_ids", ids)):
-        if not isinstance(x, Tensor): raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; see kd.functional.top_k")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; see kd.functional.top_k")
         if x.dim() != student.dim() or x.shape[:-1] != student.shape[:-1]:
             raise ValueError(f"{name} must have k entries for each row of the student, {(*student.shape[:-1], 'k')}, got "
                              f"{tuple(x.shape)}")
         if x.device != student.device:
             raise ValueError(f"{name} is on {x.device} but the student is on {student.device}; move it with .to()")
     if log_probs.shape != ids.shape:
-        raise ValueError(f"teacher_log_probs and teacher_ids must have one shape, got {tuple(log_probs.shape)} and {tuple(ids.shape)}")
-    if not log_probs.is_floating_point(): raise TypeError(f"teacher_log_probs must be floating point, got {log_probs.dtype}")
+        raise ValueError(f"teacher_log_probs and teacher_ids must have one shape, got {tuple(log_probs.shape)} and "
+                         f"{tuple(ids.shape)}")
+    if not log_probs.is_floating_point():
+        raise TypeError(f"teacher_log_probs must be floating point, got {log_probs.dtype}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"teacher_ids must hold integers, got {ids.dtype}; the order is (student, teacher_log_probs, teacher_ids)")
 
-# %% ../../nbs/api/functional/06_sparse.ipynb #f52f1647
+# %% ../../nbs/api/functional/06_sparse.ipynb #9b99d4d8
 def check_tail(tail:str, tails:tuple=TAILS)->None:
     "Raise unless the policy is one of those that make sense."
     if tail in tails: return
     if tail in TAILS:
-        raise ValueError(f"tail={tail!r} makes KL(student || teacher) infinite: the teacher gives the other classes nothing. Use "
-                         f"tail='bucket' or 'uniform'")
+        raise ValueError(f"tail={tail!r} makes KL(student || teacher) infinite: the teacher gives the other classes "
+                         f"nothing. Use tail='bucket' or 'uniform'")
     raise ValueError(f"tail must be one of {', '.join(map(repr, tails))}, got {tail!r}")
 
 def _sparse(kind, tail, student, log_probs, ids, target, *, labels, T, t_squared, mask, ignore_index, row_weight, reduction,
@@ -72,7 +75,8 @@ def _sparse(kind, tail, student, log_probs, ids, target, *, labels, T, t_squared
     if mask is not None: check_rows("mask", mask, student, "bool")
     if row_weight is not None: check_rows("row_weight", row_weight, student, "float")
     q = sparse_ops.Question(kind, tail, T, t_squared, reduction, normalizer)
-    return sparse_ops.answer(student, log_probs.detach(), ids.long(), ops._valid(target, mask, ignore_index), row_weight, q, backend)
+    counts = ops._valid(target, mask, ignore_index)
+    return sparse_ops.answer(student, log_probs.detach(), ids.long(), counts, row_weight, q, backend)
 
 # %% ../../nbs/api/functional/06_sparse.ipynb #9b55a2ab
 def sparse_forward_kl(

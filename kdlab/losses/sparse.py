@@ -71,8 +71,8 @@ class SparseForwardKL(SparseLoss):
         self.T, self.tail, self.t_squared, self.ignore_index = T, tail, t_squared, ignore_index
         self.reduction, self.backend = reduction, backend
 
-# %% ../../nbs/api/losses/06_sparse.ipynb #d71f4b7e
+# %% ../../nbs/api/losses/06_sparse.ipynb #0ccae48b
 class SparseReverseKL(SparseForwardKL):
-    "T² * KL(student || teacher) from the teacher's top k classes, with tail bucket or uniform; called as `SparseForwardKL`."
+    "T² * KL(student || teacher) from the teacher's top k classes, tail bucket or uniform; called as `SparseForwardKL`."
     term, tails, written = "sparse_reverse_kl", ("bucket", "uniform"), "KL(Q ‖ P)"
     function = staticmethod(sparse.sparse_reverse_kl)

@@ -68,7 +68,8 @@ Row definition(const std::vector<double>& s, const std::vector<double>& p_kept, 
     if (reverse) {
         for (size_t i = 0; i < C; ++i) r.value += p[i] >= 0 ? q[i] * (lq[i] - std::log(p[i])) : 0;
         if (others > 0) r.value += w * (std::log(w) - std::log(rest));
-        for (size_t i = 0; i < C; ++i) r.grad[i] = q[i] * ((p[i] >= 0 ? lq[i] - std::log(p[i]) : std::log(w / rest)) - r.value);
+        for (size_t i = 0; i < C; ++i)
+            r.grad[i] = q[i] * ((p[i] >= 0 ? lq[i] - std::log(p[i]) : std::log(w / rest)) - r.value);
         return r;
     }
     for (size_t i = 0; i < C; ++i) {
@@ -86,9 +87,16 @@ Row definition(const std::vector<double>& s, const std::vector<double>& p_kept, 
 }
 
 [[noreturn]] void fail(const kdlab_sparse& a, const char* isa, const char* what, int64_t row, double got, double want) {
-    std::printf("FAILED %s at row %lld: got %.17g, want %.17g\n  %s dtype %d, %lld x %lld, k %lld, T %g, tail %d, reverse %d\n", what,
-                (long long)row, got, want, isa, a.dtype, (long long)a.rows, (long long)a.cols, (long long)a.k, a.T, a.tail, a.reverse);
+    std::printf("FAILED %s at row %lld: got %.17g, want %.17g\n  %s dtype %d, %lld x %lld, k %lld, T %g, tail %d, "
+                "reverse %d\n", what, (long long)row, got, want, isa, a.dtype, (long long)a.rows, (long long)a.cols,
+                (long long)a.k, a.T, a.tail, a.reverse);
     std::exit(1);
+}
+
+bool same(double got, double want, double tolerance) {
+    if (std::isnan(want)) return std::isnan(got);
+    if (std::isinf(want)) return got == want;
+    return std::fabs(got - want) <= tolerance;
 }
 
 void once(Random& r, const char* isa) {
@@ -138,7 +146,8 @@ void once(Random& r, const char* isa) {
         if (a.k > 1 && chance(r, .05))
             odd[i] = 2, lp[i * a.k] = lp[i * a.k + 1] = -5, ids[i * a.k] = 0, ids[i * a.k + 1] = chance(r, .5) ? 0 : a.cols;
     }
-    Array grad(a.dtype, a.rows * a.cols), again(a.dtype, a.rows * a.cols), out(a.loss_dtype, a.rows), out2(a.loss_dtype, a.rows);
+    Array grad(a.dtype, a.rows * a.cols), again(a.dtype, a.rows * a.cols);
+    Array out(a.loss_dtype, a.rows), out2(a.loss_dtype, a.rows);
     a.student = s.bytes.get();
     a.log_probs = lp.get();
     a.ids = ids.get();
@@ -167,12 +176,11 @@ void once(Random& r, const char* isa) {
         if (counts && odd[i]) want = {NAN, std::vector<double>(a.cols, NAN)};
         else if (counts) want = definition(x, p[i], a.T, a.tail, a.reverse);
         const double got = out.get(i), value = a.factor * want.value;
-        if (std::isfinite(value) ? !(std::fabs(got - value) <= eps * a.factor * (1 + std::fabs(want.value))) : std::isnan(value) ? !std::isnan(got) : got != value)
-            fail(a, isa, "value", i, got, value);
+        const double slack = eps * a.factor * (1 + std::fabs(want.value));
+        if (!same(got, value, slack)) fail(a, isa, "value", i, got, value);
         for (int64_t j = 0; j < a.cols; ++j) {
             const double g = grad.get(i * a.cols + j), h = a.factor / a.T * want.grad[j];
-            if (std::isnan(h) ? !std::isnan(g) : !(std::fabs(g - h) <= eps * a.factor / a.T * (1 + std::fabs(want.value)) + rounding * std::fabs(h)))
-                fail(a, isa, "gradient", i, g, h);
+            if (!same(g, h, slack / a.T + rounding * std::fabs(h))) fail(a, isa, "gradient", i, g, h);
         }
     }
     if (first != bad) fail(a, isa, "bad row", first, double(bad), double(first));
