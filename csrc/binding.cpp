@@ -19,6 +19,7 @@
 namespace py = pybind11;
 
 void bind_features(py::module_& m);      // binding_features.cpp
+void bind_sparse(py::module_& m);        // binding_sparse.cpp
 
 namespace {
 
@@ -354,4 +355,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("info", &info, "Instruction set in use, those that run here, OpenMP, threads, compiler.");
     m.def("set_isa", &set_isa, "Use avx512, avx2 or base, or the best below it that this CPU has.");
     bind_features(m);
+    bind_sparse(m);
 }

@@ -9,14 +9,17 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #c0b88944
+# %% ../nbs/api/00_kdlab.ipynb #b305fa20
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
-                    "SoftCrossEntropy LogitMSE LinearForwardKL",
+                    "SoftCrossEntropy LogitMSE",
+    "kdlab.losses.linear": "LinearForwardKL LinearJSD LinearReverseKL LinearSkewKL LinearSkewReverseKL "
+                           "LinearSoftCrossEntropy LinearTotalVariation",
+    "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
     "kdlab.functional.linear": "estimate_memory",

@@ -15,7 +15,7 @@ SECONDS = os.environ.get("KDLAB_FUZZ_SECONDS", "10")
 
 @pytest.fixture(scope="module")
 def fuzz(tmp_path_factory):
-    "The fuzz program, built with both sanitizers."
+    "A folder with the fuzz programs, built with both sanitizers."
     compiler, folder = shutil.which("g++"), tmp_path_factory.mktemp("fuzz")
     if compiler is None: pytest.skip("no g++: the sanitizer run is skipped")
     probe = folder / "probe.cpp"
@@ -28,13 +28,18 @@ def fuzz(tmp_path_factory):
         subprocess.run([compiler, *FLAGS, "-I", ROOT / "csrc", "-c", source, "-o", target], check=True)
         return target
 
-    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "native" / "fuzz.cpp"]
-    with ThreadPoolExecutor(2) as pool: objects = list(pool.map(compiled, sources))
-    subprocess.run([compiler, *FLAGS, *objects, "-o", folder / "fuzz"], check=True)
-    return folder / "fuzz"
+    programs = sorted((ROOT / "tests" / "native").glob("fuzz*.cpp"))
+    with ThreadPoolExecutor(2) as pool:
+        *objects, = pool.map(compiled, [*(ROOT / "csrc" / "cpu").glob("*.cpp"), *programs])
+    kernels = objects[:-len(programs)]
+    for main in objects[len(kernels):]:
+        subprocess.run([compiler, *FLAGS, *kernels, main, "-o", folder / main.stem], check=True)
+    return folder
 
 
-def test_random_cases_agree_with_the_definition_and_stay_in_bounds(fuzz):
-    done = subprocess.run([fuzz, SECONDS], capture_output=True, text=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+@pytest.mark.parametrize("program, share", [("fuzz", 1), ("fuzz_sparse", 0.3)])
+def test_random_cases_agree_with_the_definition_and_stay_in_bounds(fuzz, program, share):
+    command = [fuzz / program, str(float(SECONDS) * share)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert int(done.stdout.split()[0]) > 100

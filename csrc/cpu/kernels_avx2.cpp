@@ -7,6 +7,7 @@
 #include "feature_job.h"
 #include "half.h"
 #include "rows.h"
+#include "sparse_job.h"
 #include "denormals.h"
 
 #ifdef KDLAB_X86_KERNELS
@@ -33,8 +34,9 @@ namespace kdlab {
 #include "features.h"
 #include "angles.h"
 #include "dist.h"
+#include "sparse.h"
 
-const Kernels kernels_avx2 = {"avx2", avx2::soft_kl, avx2::scale, avx2::features, avx2::angles, avx2::dist};
+const Kernels kernels_avx2 = {"avx2", avx2::soft_kl, avx2::scale, avx2::features, avx2::angles, avx2::dist, avx2::sparse};
 }  // namespace kdlab
 
 #if defined(__clang__)

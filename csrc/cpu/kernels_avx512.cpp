@@ -7,6 +7,7 @@
 #include "feature_job.h"
 #include "half.h"
 #include "rows.h"
+#include "sparse_job.h"
 #include "denormals.h"
 
 #ifdef KDLAB_X86_KERNELS
@@ -33,8 +34,9 @@ namespace kdlab {
 #include "features.h"
 #include "angles.h"
 #include "dist.h"
+#include "sparse.h"
 
-const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features, avx512::angles, avx512::dist};
+const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features, avx512::angles, avx512::dist, avx512::sparse};
 }  // namespace kdlab
 
 #if defined(__clang__)

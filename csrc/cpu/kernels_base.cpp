@@ -6,6 +6,7 @@
 #include "feature_job.h"
 #include "half.h"
 #include "rows.h"
+#include "sparse_job.h"
 #include "denormals.h"
 
 #define KDLAB_ISA base
@@ -20,6 +21,7 @@ namespace kdlab {
 #include "features.h"
 #include "angles.h"
 #include "dist.h"
+#include "sparse.h"
 
-const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles, base::dist};
+const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles, base::dist, base::sparse};
 }  // namespace kdlab

@@ -59,6 +59,7 @@ struct Job : kdlab_soft_kl {
 
 struct FeatureJob;          // in feature_job.h
 struct DistJob;             // in dist_job.h
+struct SparseJob;           // in sparse_job.h
 
 // The kernels of one instruction set. Rows [begin, end); scratch holds scratch_bytes(cols), aligned to 64.
 struct Kernels {
@@ -68,6 +69,7 @@ struct Kernels {
     void (*features)(const FeatureJob&, int64_t begin, int64_t end, void* scratch);
     void (*angles)(const kdlab_angles&, int64_t begin, int64_t end, double* rows, double* slopes);
     void (*dist)(const DistJob&, int64_t begin, int64_t end, double* column, void* scratch);
+    void (*sparse)(const SparseJob&, int64_t begin, int64_t end, void* scratch);
 };
 const Kernels& kernels_in_use();
 

@@ -5,14 +5,20 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #8c87821e
+# %% ../../nbs/api/functional/00_functional.ipynb #9b0d5986
 from .divergences import (
     forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
 from .features import attention_transfer, channel_kl, cosine, hint
 from .relations import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
-from .linear import linear_forward_kl
+from kdlab.functional.linear import (
+    linear_forward_kl, linear_jsd, linear_reverse_kl, linear_skew_kl, linear_skew_reverse_kl, linear_soft_cross_entropy,
+    linear_total_variation)
+from .sparse import TopK, sparse_forward_kl, sparse_reverse_kl, top_k
 
-# %% ../../nbs/api/functional/00_functional.ipynb #e14db907
+# %% ../../nbs/api/functional/00_functional.ipynb #e3cb506b
 __all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
-           "logit_mse", "linear_forward_kl", "attention_transfer", "channel_kl", "cosine", "hint", "cka", "dist", "pkt",
-           "rkd", "rkd_angle", "rkd_distance", "similarity"]
+           "logit_mse", "attention_transfer", "channel_kl", "cosine", "hint", "cka", "dist", "pkt",
+           "rkd", "rkd_angle", "rkd_distance", "similarity",
+           "linear_forward_kl", "linear_jsd", "linear_reverse_kl", "linear_skew_kl", "linear_skew_reverse_kl",
+           "linear_soft_cross_entropy", "linear_total_variation",
+           "TopK", "sparse_forward_kl", "sparse_reverse_kl", "top_k"]

@@ -5,16 +5,22 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #a59ad9cc
+# %% ../../nbs/api/losses/00_losses.ipynb #e62169cf
 from .objective import Loss, Objective, Part
 from .divergences import (
     CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .relations import CKA, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity
-from .linear import LinearForwardKL
+from .linear import (
+    LinearForwardKL, LinearJSD, LinearReverseKL, LinearSkewKL, LinearSkewReverseKL, LinearSoftCrossEntropy,
+    LinearTotalVariation)
+from .sparse import SparseForwardKL, SparseReverseKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #ed577036
+# %% ../../nbs/api/losses/00_losses.ipynb #49fee143
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
-           "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE", "LinearForwardKL",
+           "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE",
+           "LinearForwardKL", "LinearJSD", "LinearReverseKL", "LinearSkewKL", "LinearSkewReverseKL",
+           "LinearSoftCrossEntropy", "LinearTotalVariation",
+           "SparseForwardKL", "SparseReverseKL",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
            "CKA", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]
