@@ -13,8 +13,9 @@
 namespace kdlab {
 namespace {
 
-// A block has at most 512 threads; the bound of 576 leaves a thread 112 registers, so that three blocks of 192 fit.
-constexpr int block_threads = 192, most_threads = 512, bound_threads = 576, short_threads = 128;
+// Blocks of 128 threads, of which four fit a multiprocessor: one loads while others compute and write. 512 where a block has
+// a multiprocessor to itself: this bound leaves a thread 128 registers.
+constexpr int block_threads = 128, most_threads = 512, sum_threads = 256;
 constexpr int count_share = 4096, sum_share = 8192, most_parts = 128;
 
 struct Number { double value; const double* at; };
@@ -90,8 +91,8 @@ struct RowValue {
 };
 
 // How many rows count: each block a part of them.
-KDLAB_KERNEL(block_threads) count_rows(const Job job) {
-    const Team team(block_threads, 1, shared_memory());
+KDLAB_KERNEL(sum_threads) count_rows(const Job job) {
+    const Team team(sum_threads, 1, shared_memory());
     const int64_t begin = job.rows * blockIdx.x / job.count_parts, end = job.rows * (blockIdx.x + 1) / job.count_parts;
     double n[1] = {0};
     for (int64_t r = begin + team.rank; r < end; r += team.size) n[0] += job.takes(r);
@@ -106,8 +107,8 @@ struct SumJob {
     int64_t count;
     int parts;                          // 1: this is the end
 };
-KDLAB_KERNEL(block_threads) sum_rows(const SumJob sum) {
-    const Team team(block_threads, 1, shared_memory());
+KDLAB_KERNEL(sum_threads) sum_rows(const SumJob sum) {
+    const Team team(sum_threads, 1, shared_memory());
     const int64_t begin = sum.count * blockIdx.x / sum.parts, end = sum.count * (blockIdx.x + 1) / sum.parts;
     double total[1] = {0};
     for (int64_t r = begin + team.rank; r < end; r += team.size) total[0] += sum.x[r];
@@ -391,7 +392,7 @@ KDLAB_DEVICE void add_up(Sums<R>& own, const Team& team, const Softening<R>& f, 
 }
 
 template <class E, bool kCE, bool kHeld>
-KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : bound_threads)) softened_rows(const Job job) {
+KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(const Job job) {
     typedef typename Arithmetic<E>::type R;
     unsigned char* memory = shared_memory();
     const Team team(job.team, job.slices, memory);
@@ -493,7 +494,7 @@ int room_for(int64_t cols, int slices, int element) {
     return int((cols / slices + 5 * v) / v * 16);                   // a share, odd elements at both ends, and a shift
 }
 
-constexpr int short_row = 8 << 10, comfortable = 72 << 10;          // bytes; several blocks fit a multiprocessor
+constexpr int short_row = 8 << 10, comfortable = 52 << 10;          // bytes; with these, four blocks fit a multiprocessor
 
 Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
     const int64_t bytes = 2 * cols * element;
@@ -501,7 +502,6 @@ Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
     const int largest = limit_cluster ? std::min(limit_cluster, device.cluster) : device.cluster;
     Plan p = {block_threads, block_threads, 1, 0, 0, true};
     if (bytes <= short_row) {
-        p.threads = short_threads;
         for (p.team = 4; p.team < warp_lanes && p.team * 16 < cols * element;) p.team *= 2;
         p.room = room_for(cols, 1, element);
         p.shared = p.threads / p.team * 2 * p.room;
@@ -554,12 +554,12 @@ int parts_of(int64_t rows, int share) { return int(std::min<int64_t>(most_parts,
 // The values of the rows into `out`: added up, if there is a reduction
 const char* reduce(const Job& job, void* stream) {
     SumJob sum = {job, job.values, job.rows, std::max(1, parts_of(job.rows, sum_share))};
-    if (const char* e = launch(sum_rows, sum.parts, block_threads, Team::bytes(), 1, stream, sum)) return e;
+    if (const char* e = launch(sum_rows, sum.parts, sum_threads, Team::bytes(), 1, stream, sum)) return e;
     if (sum.parts == 1) return nullptr;
     sum.x = job.parts;
     sum.count = sum.parts;
     sum.parts = 1;
-    return launch(sum_rows, 1, block_threads, Team::bytes(), 1, stream, sum);
+    return launch(sum_rows, 1, sum_threads, Team::bytes(), 1, stream, sum);
 }
 
 }  // namespace
@@ -596,7 +596,7 @@ const char* kdlab_rows_cuda(const kdlab_cuda_rows* a) {
                          (job.mask || job.target) && job.rows > 0;
     job.count_parts = counted ? parts_of(job.rows, count_share) : 0;
     if (counted)
-        if (const char* e = launch(count_rows, job.count_parts, block_threads, Team::bytes(), 1, place.stream, job)) return e;
+        if (const char* e = launch(count_rows, job.count_parts, sum_threads, Team::bytes(), 1, place.stream, job)) return e;
 
     const char* e = nullptr;
     const size_t number = job.loss_dtype == KDLAB_F64 ? 8 : 4, element = job.dtype == KDLAB_F64 ? 8 : job.dtype == KDLAB_F32 ? 4 : 2;
@@ -617,7 +617,7 @@ namespace kdlab {
 namespace {
 
 template <class E>
-KDLAB_KERNEL(block_threads) scale_rows(const kdlab_scale job) {
+KDLAB_KERNEL(sum_threads) scale_rows(const kdlab_scale job) {
     typedef typename Arithmetic<E>::type R;
     const R whole = R(at(job.factor, job.factor_dtype, 0));
     if (!job.per_row && whole == 1) return;
@@ -642,7 +642,7 @@ KDLAB_KERNEL(block_threads) scale_rows(const kdlab_scale job) {
 template <class E>
 const char* scale_as(const kdlab_scale& a, const kdlab_cuda_place& place) {
     const int64_t blocks = std::min<int64_t>(4096, (a.rows * a.cols + 4095) / 4096);
-    return blocks ? launch(scale_rows<E>, blocks, block_threads, 0, 1, place.stream, a) : nullptr;
+    return blocks ? launch(scale_rows<E>, blocks, sum_threads, 0, 1, place.stream, a) : nullptr;
 }
 
 }  // namespace
