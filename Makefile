@@ -42,6 +42,6 @@ $(VENV)/.deps: constraints.txt settings.ini
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+$(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -31,7 +31,7 @@ KDLAB_DEVICE void put(void* p, int dtype, int64_t i, double x) {
 }
 
 // What every kernel of a call gets. The workspace: counts of rows, partial sums, values of rows.
-struct Job : kdlab_soft_kl {
+struct RowsJob : kdlab_soft_kl {
     Number T_number, kl_number, ce_number, normalizer_number;
     bool t_squared, divergence, cross_entropy;
     double *counts, *parts, *values;
@@ -57,7 +57,7 @@ struct Job : kdlab_soft_kl {
 // What the first thread of a row's team writes: first what is known before the divergence, then the divergence. In between
 // the numbers lie in memory, not in registers.
 struct RowValue {
-    const Job& job;
+    const RowsJob& job;
     const int64_t r;
 
     KDLAB_DEVICE double weight() const { return job.row_weight ? at(job.row_weight, job.loss_dtype, r) : 1; }
@@ -91,7 +91,7 @@ struct RowValue {
 };
 
 // How many rows count: each block a part of them.
-KDLAB_KERNEL(sum_threads) count_rows(const Job job) {
+KDLAB_KERNEL(sum_threads) count_rows(const RowsJob job) {
     const Team team(sum_threads, 1, shared_memory());
     const int64_t begin = job.rows * blockIdx.x / job.count_parts, end = job.rows * (blockIdx.x + 1) / job.count_parts;
     double n[1] = {0};
@@ -102,7 +102,7 @@ KDLAB_KERNEL(sum_threads) count_rows(const Job job) {
 
 // The values of the rows, added up in one fixed order: first in parts, if there are many, then the parts.
 struct SumJob {
-    Job job;
+    RowsJob job;
     const double* x;
     int64_t count;
     int parts;                          // 1: this is the end
@@ -136,7 +136,7 @@ struct Slice {
     // Elements before the first 16-byte border
     static KDLAB_DEVICE int before_border(const E* p) { return int((16 - (reinterpret_cast<uintptr_t>(p) & 15)) % 16 / sizeof(E)); }
 
-    KDLAB_DEVICE Slice(const Job& job, const Team& team, int64_t r, unsigned char* memory, int place) {
+    KDLAB_DEVICE Slice(const RowsJob& job, const Team& team, int64_t r, unsigned char* memory, int place) {
         s = static_cast<const E*>(job.student) + r * job.student_stride;
         t = job.divergence ? static_cast<const E*>(job.teacher) + r * job.teacher_stride : s;
         grad = job.grad ? static_cast<E*>(job.grad) + r * job.cols : nullptr;
@@ -329,7 +329,7 @@ struct Finish {
         });
     }
 
-    // Value and sum of the weighted slopes
+    // This thread's share of the value and of the sum of the weighted slopes
     template <int kKind, bool kClose>
     KDLAB_DEVICE void sums(double (&x)[2]) const {
         R total = 0, slope = 0;
@@ -340,7 +340,6 @@ struct Finish {
         });
         x[0] = total;
         x[1] = slope;
-        team.combine(x, Add(), 3);
     }
 
     template <int kKind, bool kClose>
@@ -349,14 +348,6 @@ struct Finish {
             const R g = gradient_of<kKind, kClose>(compare<kClose>(s, t, row), slope, row.mix) * factor;
             from_real(with_label(g, s, part.begin + i), part.grad + i);
         });
-    }
-
-    template <int kKind, bool kClose>
-    KDLAB_DEVICE void run() const {
-        double x[2];
-        sums<kKind, kClose>(x);
-        if (first) value.end(x[0]);
-        if (part.grad) gradient<kKind, kClose>(R(kKind == KDLAB_REVERSE_KL ? x[0] : x[1]));
     }
 
     // sum of p (e^w - 1), from which lambda comes in a close row
@@ -369,15 +360,18 @@ struct Finish {
     }
 };
 
-template <bool kClose, class F>
-KDLAB_DEVICE void finish(const F& f, int kind) {
+// Calls f(Kind) with the divergence as a type
+template <int k> struct Kind { static constexpr int kind = k; };
+
+template <class F>
+KDLAB_DEVICE void with_kind(int kind, F f) {
     switch (kind) {
-        case KDLAB_REVERSE_KL: return f.template run<KDLAB_REVERSE_KL, kClose>();
-        case KDLAB_JSD: return f.template run<KDLAB_JSD, kClose>();
-        case KDLAB_SKEW_KL: return f.template run<KDLAB_SKEW_KL, kClose>();
-        case KDLAB_SKEW_REVERSE_KL: return f.template run<KDLAB_SKEW_REVERSE_KL, kClose>();
-        case KDLAB_TOTAL_VARIATION: return f.template run<KDLAB_TOTAL_VARIATION, kClose>();
-        default: return f.template run<KDLAB_FORWARD_KL, kClose>();
+        case KDLAB_REVERSE_KL: return f(Kind<KDLAB_REVERSE_KL>());
+        case KDLAB_JSD: return f(Kind<KDLAB_JSD>());
+        case KDLAB_SKEW_KL: return f(Kind<KDLAB_SKEW_KL>());
+        case KDLAB_SKEW_REVERSE_KL: return f(Kind<KDLAB_SKEW_REVERSE_KL>());
+        case KDLAB_TOTAL_VARIATION: return f(Kind<KDLAB_TOTAL_VARIATION>());
+        default: return f(Kind<KDLAB_FORWARD_KL>());
     }
 }
 
@@ -392,7 +386,7 @@ KDLAB_DEVICE void add_up(Sums<R>& own, const Team& team, const Softening<R>& f, 
 }
 
 template <class E, bool kCE, bool kHeld>
-KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(const Job job) {
+KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(const RowsJob job) {
     typedef typename Arithmetic<E>::type R;
     unsigned char* memory = shared_memory();
     const Team team(job.team, job.slices, memory);
@@ -461,22 +455,29 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
     // The divergence
     const R factor = no_way_out ? Real<R>::nan : R(g * get(job.kl_number) * value.kl_factor() / T);
     const Finish<E, kCE, kHeld> rest = {part, team, row, hard, value, factor, first};
-    const double kl = kl_of(sum[2], zs, zt, T, f.reverse());
-    if (sizeof(R) == 8 || is_close(R(kl), R(zs), R(zt))) {
+    double x[2] = {kl_of(sum[2], zs, zt, T, f.reverse()), 0};       // value, and sum of the weighted slopes
+    const bool close = sizeof(R) == 8 || is_close(R(x[0]), R(zs), R(zt)), known = f.unbounded() && !close;
+    if (close) {
         const R m = rest.mass();
         if (size_of(m) < R(0.5)) row.lambda = log1p(m);
-        finish<true>(rest, f.kind);
-    } else if constexpr (sizeof(R) == 4) {
-        if (f.kind == KDLAB_FORWARD_KL || f.kind == KDLAB_SOFT_CROSS_ENTROPY) {
-            if (first) value.end(kl);
-            if (part.grad) rest.plain_gradient();
-        } else if (f.kind == KDLAB_REVERSE_KL) {
-            if (first) value.end(kl);
-            if (part.grad) rest.template gradient<KDLAB_REVERSE_KL, false>(R(kl));
-        } else {
-            finish<false>(rest, f.kind);
-        }
     }
+    if (!known) {
+        with_kind(f.kind, [&](auto k) {
+            constexpr int kind = decltype(k)::kind;
+            if (close) rest.template sums<kind, true>(x);
+            else if constexpr (sizeof(R) == 4 && kind >= KDLAB_JSD) rest.template sums<kind, false>(x);
+        });
+        team.combine(x, Add(), 3);
+    }
+    if (first) value.end(x[0]);
+    if (part.grad)
+        with_kind(f.kind, [&](auto k) {
+            constexpr int kind = decltype(k)::kind;
+            const R slope = R(kind == KDLAB_REVERSE_KL ? x[0] : x[1]);
+            if (close) rest.template gradient<kind, true>(slope);
+            else if constexpr (sizeof(R) == 4 && kind == KDLAB_FORWARD_KL) rest.plain_gradient();
+            else if constexpr (sizeof(R) == 4) rest.template gradient<kind, false>(slope);
+        });
     team.leave();
 }
 
@@ -521,7 +522,7 @@ Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
 }
 
 template <class E, bool kCE>
-const char* launch_rows(Job& job, DeviceInfo device, const kdlab_cuda_place& place) {
+const char* launch_rows(RowsJob& job, DeviceInfo device, const kdlab_cuda_place& place) {
     Plan p = plan_for(job.cols, sizeof(E), device);
     if (p.slices > 1 && !cluster_fits(softened_rows<E, kCE, true>, place.device, p.slices, p.threads, p.shared)) {
         device.cluster = p.slices / 2;
@@ -536,11 +537,11 @@ const char* launch_rows(Job& job, DeviceInfo device, const kdlab_cuda_place& pla
 }
 
 template <class E>
-const char* launch_as(Job& job, const DeviceInfo& device, const kdlab_cuda_place& place) {
+const char* launch_as(RowsJob& job, const DeviceInfo& device, const kdlab_cuda_place& place) {
     return job.cross_entropy ? launch_rows<E, true>(job, device, place) : launch_rows<E, false>(job, device, place);
 }
 
-const char* launch_any(Job& job, const DeviceInfo& device, const kdlab_cuda_place& place) {
+const char* launch_any(RowsJob& job, const DeviceInfo& device, const kdlab_cuda_place& place) {
     switch (job.dtype) {
         case KDLAB_F32: return launch_as<float>(job, device, place);
         case KDLAB_F64: return launch_as<double>(job, device, place);
@@ -552,7 +553,7 @@ const char* launch_any(Job& job, const DeviceInfo& device, const kdlab_cuda_plac
 int parts_of(int64_t rows, int share) { return int(std::min<int64_t>(most_parts, (rows + share - 1) / share)); }
 
 // The values of the rows into `out`: added up, if there is a reduction
-const char* reduce(const Job& job, void* stream) {
+const char* reduce(const RowsJob& job, void* stream) {
     SumJob sum = {job, job.values, job.rows, std::max(1, parts_of(job.rows, sum_share))};
     if (const char* e = launch(sum_rows, sum.parts, sum_threads, Team::bytes(), 1, stream, sum)) return e;
     if (sum.parts == 1) return nullptr;
@@ -578,7 +579,7 @@ const char* kdlab_rows_cuda(const kdlab_cuda_rows* a) {
     const kdlab_cuda_place& place = a->place;
     OnDevice on(place.device);
     if (on.error) return message(on.error);
-    Job job;
+    RowsJob job;
     static_cast<kdlab_soft_kl&>(job) = a->rows;
     if (job.cols > INT32_MAX / 16) return "too many classes for the CUDA kernels";
     job.T_number = {job.T, a->T};

@@ -40,6 +40,7 @@ public:
     template <int N, class X, class Op>
     KDLAB_DEVICE void combine(X (&x)[N], Op op, int stage) const {
         static_assert(N <= most_sums, "too many at once");
+        KDLAB_AS_IT_IS
         for (int offset = (size < warp_lanes ? size : warp_lanes) / 2; offset; offset /= 2)
             KDLAB_UNROLL
             for (int i = 0; i < N; ++i) x[i] = op(x[i], shuffle_xor(mask, x[i], offset));
@@ -50,6 +51,7 @@ public:
             block_sync();
             KDLAB_UNROLL
             for (int i = 0; i < N; ++i) x[i] = slot<X>(stage, 0)[i];
+            KDLAB_AS_IT_IS
             for (int w = 1; w < warps; ++w)
                 KDLAB_UNROLL
                 for (int i = 0; i < N; ++i) x[i] = op(x[i], slot<X>(stage, w)[i]);
@@ -63,6 +65,7 @@ public:
             const X* theirs = in_block(own, lane % slices);
             KDLAB_UNROLL
             for (int i = 0; i < N; ++i) x[i] = theirs[i];
+            KDLAB_AS_IT_IS
             for (int offset = slices / 2; offset; offset /= 2)
                 KDLAB_UNROLL
                 for (int i = 0; i < N; ++i) x[i] = op(x[i], shuffle_xor(mask, x[i], offset));
