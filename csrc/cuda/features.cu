@@ -24,7 +24,7 @@ KDLAB_DEVICE void put(void* p, int dtype, int64_t i, double x) {
     else static_cast<float*>(p)[i] = float(x);
 }
 
-struct FeatureJob : kdlab_features {
+struct FeaturesJob : kdlab_features {
     int64_t student_size, teacher_size;             // elements of a sample
     int parts;                                      // blocks that share a sample
     int64_t student_pixels, teacher_pixels, height, width;      // attention: of the maps, and of the smaller map of both
@@ -45,7 +45,7 @@ struct FeatureJob : kdlab_features {
 };
 
 // How many samples count
-KDLAB_KERNEL(block_threads) count_samples(const FeatureJob job) {
+KDLAB_KERNEL(block_threads) count_samples(const FeaturesJob job) {
     const Team team(block_threads, 1, shared_memory());
     double n[1] = {0};
     for (int64_t i = team.rank; i < job.samples; i += team.size) n[0] += job.takes(i);
@@ -53,7 +53,7 @@ KDLAB_KERNEL(block_threads) count_samples(const FeatureJob job) {
     if (team.rank == 0) *job.count = n[0];
 }
 
-KDLAB_KERNEL(block_threads) reduce_samples(const FeatureJob job) {
+KDLAB_KERNEL(block_threads) reduce_samples(const FeaturesJob job) {
     const Team team(block_threads, 1, shared_memory());
     double total[1] = {0};
     for (int64_t i = team.rank; i < job.samples; i += team.size) {
@@ -72,7 +72,7 @@ struct Part {
     E* grad;
     int64_t count, packs;                           // elements, and 16 bytes of them, where all are aligned
 
-    KDLAB_DEVICE Part(const FeatureJob& job, int64_t sample, int part) {
+    KDLAB_DEVICE Part(const FeaturesJob& job, int64_t sample, int part) {
         const int64_t n = job.student_size, per_part = (n + job.parts - 1) / job.parts, step = (per_part + V - 1) / V * V;
         const int64_t begin = step * part < n ? step * part : n, end = begin + step < n ? begin + step : n;
         s = static_cast<const E*>(job.student) + sample * n + begin;
@@ -107,7 +107,7 @@ struct Part {
 
 // The sums of one part; for the hint its gradient as well, 2 d / n
 template <class E>
-KDLAB_KERNEL(block_threads) sum_parts(const FeatureJob job) {
+KDLAB_KERNEL(block_threads) sum_parts(const FeaturesJob job) {
     const int64_t sample = blockIdx.x / unsigned(job.parts);
     const int number = int(blockIdx.x % unsigned(job.parts));
     const Part<E> part(job, sample, number);
@@ -143,7 +143,7 @@ KDLAB_KERNEL(block_threads) sum_parts(const FeatureJob job) {
 //
 // Direction: gap / n, where a zero vector stays zero. Cosine: gap / 2, or 1 where an angle does not exist.
 template <class E>
-KDLAB_KERNEL(block_threads) finish_parts(const FeatureJob job) {
+KDLAB_KERNEL(block_threads) finish_parts(const FeaturesJob job) {
     const int64_t sample = blockIdx.x / unsigned(job.parts);
     const int number = int(blockIdx.x % unsigned(job.parts));
     const Part<E> part(job, sample, number);
@@ -204,7 +204,7 @@ KDLAB_DEVICE void square_map(const E* x, int64_t channels, int64_t pixels, int64
 }
 
 template <class E>
-KDLAB_KERNEL(block_threads) square_maps(const FeatureJob job) {
+KDLAB_KERNEL(block_threads) square_maps(const FeaturesJob job) {
     const int64_t of_student = (job.student_pixels + pixel_lanes - 1) / pixel_lanes;
     const int64_t tiles = of_student + (job.teacher_pixels + pixel_lanes - 1) / pixel_lanes;
     const int64_t sample = blockIdx.x / tiles, tile = blockIdx.x % tiles;
@@ -253,7 +253,7 @@ KDLAB_DEVICE double pass_on(const int64_t* shape, int64_t height, int64_t width,
 //     value = mean g^2,   d value / d u = 2 / (n |u|) (g - a (a . g)),   d u / d s = 2 s / channels
 //
 // The factor is what every channel of s is multiplied by in the gradient, pixel by pixel.
-KDLAB_KERNEL(block_threads) compare_maps(const FeatureJob job) {
+KDLAB_KERNEL(block_threads) compare_maps(const FeaturesJob job) {
     const int64_t sample = blockIdx.x, cells = job.height * job.width;
     const Team team(block_threads, 1, shared_memory());
     double* factor = job.factor + sample * job.student_pixels;
@@ -290,7 +290,7 @@ KDLAB_KERNEL(block_threads) compare_maps(const FeatureJob job) {
 }
 
 template <class E>
-KDLAB_KERNEL(block_threads) attention_gradient(const FeatureJob job) {
+KDLAB_KERNEL(block_threads) attention_gradient(const FeaturesJob job) {
     constexpr int V = 16 / sizeof(E);
     const E* s = static_cast<const E*>(job.student);
     E* grad = static_cast<E*>(job.grad);
@@ -317,8 +317,8 @@ KDLAB_KERNEL(block_threads) attention_gradient(const FeatureJob job) {
 }
 
 // ---- on the host -------------------------------------------------------------------------------------------------
-FeatureJob job_of(const kdlab_features& a, double* workspace) {
-    FeatureJob job;
+FeaturesJob job_of(const kdlab_features& a, double* workspace) {
+    FeaturesJob job;
     static_cast<kdlab_features&>(job) = a;
     job.student_pixels = a.student_shape[1] * a.student_shape[2];
     job.teacher_pixels = a.teacher_shape[1] * a.teacher_shape[2];
@@ -340,7 +340,7 @@ FeatureJob job_of(const kdlab_features& a, double* workspace) {
 }
 
 template <class E>
-const char* launch_features(const FeatureJob& job, void* stream) {
+const char* launch_features(const FeaturesJob& job, void* stream) {
     const int room = Team::bytes();
     const char* e = nullptr;
     if (job.loss != KDLAB_ATTENTION) {
@@ -355,7 +355,7 @@ const char* launch_features(const FeatureJob& job, void* stream) {
     return launch(attention_gradient<E>, std::min<int64_t>(1 << 16, (elements + 2047) / 2048), block_threads, 0, 1, stream, job);
 }
 
-const char* launch_any(const FeatureJob& job, void* stream) {
+const char* launch_any(const FeaturesJob& job, void* stream) {
     switch (job.dtype) {
         case KDLAB_F32: return launch_features<float>(job, stream);
         case KDLAB_F64: return launch_features<double>(job, stream);
@@ -370,7 +370,7 @@ const char* launch_any(const FeatureJob& job, void* stream) {
 using namespace kdlab;
 
 int64_t kdlab_cuda_feature_workspace(const kdlab_features* a) {
-    const FeatureJob job = job_of(*a, nullptr);
+    const FeaturesJob job = job_of(*a, nullptr);
     const int64_t maps = a->loss == KDLAB_ATTENTION ? a->samples : 0;
     return 1 + a->samples * (1 + job.parts * first_sums) +
            maps * (2 * job.student_pixels + job.teacher_pixels + 2 * job.height * job.width);
@@ -379,7 +379,7 @@ int64_t kdlab_cuda_feature_workspace(const kdlab_features* a) {
 const char* kdlab_features_cuda(const kdlab_features* a, const kdlab_cuda_place* place) {
     OnDevice on(place->device);
     if (on.error) return message(on.error);
-    const FeatureJob job = job_of(*a, place->workspace);
+    const FeaturesJob job = job_of(*a, place->workspace);
     const char* e = nullptr;
     if (job.mask && job.reduction == KDLAB_MEAN)
         e = launch(count_samples, 1, block_threads, Team::bytes(), 1, place->stream, job);

@@ -121,6 +121,7 @@ KDLAB_KERNEL(sum_threads) sum_rows(const SumJob sum) {
 
 template <class E> struct Arithmetic { typedef float type; };
 template <> struct Arithmetic<double> { typedef double type; };
+template <class E> constexpr bool exact = sizeof(E) == 4;
 
 // A part of a row, as one block sees it
 template <class E>
@@ -292,7 +293,7 @@ struct Finish {
     typedef typename S::R R;
     const S& part;
     const Team& team;
-    const Row<R>& row;
+    const Row<R, exact<E>>& row;
     const HardLabel<R>& hard;
     const RowValue& value;
     R factor;                           // of the divergence in the gradient; NaN where the row is spoilt
@@ -329,21 +330,25 @@ struct Finish {
         });
     }
 
-    // This thread's share of the value and of the sum of the weighted slopes
+    // This thread's share of the value, of the sum of the weighted slopes, and of the sum of all q
     template <int kKind, bool kClose>
-    KDLAB_DEVICE void sums(double (&x)[2]) const {
-        R total = 0, slope = 0;
+    KDLAB_DEVICE void sums(double (&x)[3]) const {
+        R total = 0;
+        double slope = 0, all = 0;
         part.template each_one<kHeld>(team, [&](int, R s, R t) {
             const Pair<R> pair = compare<kClose>(s, t, row);
             total += value_of<kKind, kClose>(pair, row.mix);
-            if (kKind != KDLAB_FORWARD_KL) slope += weighted_slope<kKind, kClose>(pair, row.mix);
+            if (kKind == KDLAB_FORWARD_KL || kKind == KDLAB_REVERSE_KL) return;
+            slope += weighted_slope<kKind, kClose>(pair, row.mix);
+            all += double(pair.q);
         });
         x[0] = total;
         x[1] = slope;
+        x[2] = all;
     }
 
     template <int kKind, bool kClose>
-    KDLAB_DEVICE void gradient(R slope) const {
+    KDLAB_DEVICE void gradient(const Slope<R>& slope) const {
         part.template each_one<kHeld>(team, [&](int i, R s, R t) {
             const R g = gradient_of<kKind, kClose>(compare<kClose>(s, t, row), slope, row.mix) * factor;
             from_real(with_label(g, s, part.begin + i), part.grad + i);
@@ -411,7 +416,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
 
     // Sums
     const double T = get(job.T_number), nan = Real<double>::nan;
-    const Softening<R> f = {R(log2_of_e / T), R(1 / T), job.divergence ? job.kind : only_cross_entropy};
+    const Softening<R> f(T, job.divergence ? job.kind : only_cross_entropy);
     HardLabel<R> hard;
     R label_logit = Real<R>::nan;                                   // for a label that is none of the classes
     if (kCE) {
@@ -428,7 +433,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
     const double zs = sum[0] > 0 ? sum[0] : nan, zt = sum[1] > 0 ? sum[1] : nan;        // no class at all: NaN
     const bool spoilt = !(zs > 0 && zt > 0), excluded = f.unbounded() && sum[5] > 0;
     const bool no_way_out = spoilt || (excluded && f.reverse());    // +inf, and no step leads away
-    Row<R> row(own.max_s, own.max_t, R(zs), R(zt), f, R(job.mix));
+    Row<R, exact<E>> row(own.max_s, own.max_t, R(zs), R(zt), f, R(job.mix));
 
     // What multiplies the gradient
     double g = value.weight() / denominator;
@@ -455,8 +460,8 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
     // The divergence
     const R factor = no_way_out ? Real<R>::nan : R(g * get(job.kl_number) * value.kl_factor() / T);
     const Finish<E, kCE, kHeld> rest = {part, team, row, hard, value, factor, first};
-    double x[2] = {kl_of(sum[2], zs, zt, T, f.reverse()), 0};       // value, and sum of the weighted slopes
-    const bool close = sizeof(R) == 8 || is_close(R(x[0]), R(zs), R(zt)), known = f.unbounded() && !close;
+    double x[3] = {kl_of(sum[2], zs, zt, T, f.reverse()), 0, 1};
+    const bool close = sizeof(R) == 8 || is_close(R(x[0]), R(zs), R(zt), !f.unbounded()), known = f.unbounded() && !close;
     if (close) {
         const R m = rest.mass();
         if (size_of(m) < R(0.5)) row.lambda = log1p(m);
@@ -473,7 +478,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
     if (part.grad)
         with_kind(f.kind, [&](auto k) {
             constexpr int kind = decltype(k)::kind;
-            const R slope = R(kind == KDLAB_REVERSE_KL ? x[0] : x[1]);
+            const Slope<R> slope(kind == KDLAB_REVERSE_KL ? x[0] : x[1] / x[2]);     // by the q as they are rounded
             if (close) rest.template gradient<kind, true>(slope);
             else if constexpr (sizeof(R) == 4 && kind == KDLAB_FORWARD_KL) rest.plain_gradient();
             else if constexpr (sizeof(R) == 4) rest.template gradient<kind, false>(slope);

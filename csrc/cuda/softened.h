@@ -16,7 +16,7 @@
 
 namespace kdlab {
 
-constexpr double log2_of_e = 1.44269504088896340736;
+constexpr double log2_of_e = 1.44269504088896340736, log_of_2 = 0.693147180559945309417;
 constexpr int only_cross_entropy = -1;      // in the place of a divergence
 
 template <class R> struct Real;
@@ -35,8 +35,10 @@ template <class R> KDLAB_BOTH R size_of(R x) { return x < 0 ? -x : x; }
 // ---- sums over a row, in one sweep ---------------------------------------------------------------------------------
 template <class R>
 struct Softening {
-    R k, inverse_T;                     // log2(e) / T, 1 / T
+    R k, k_rest, inverse_T;             // log2(e) / T = k + k_rest, 1 / T
     int kind;
+    KDLAB_BOTH Softening(double T, int which)
+        : k(R(log2_of_e / T)), k_rest(R(log2_of_e / T - double(k))), inverse_T(R(1 / T)), kind(which) {}
     KDLAB_BOTH bool reverse() const { return kind == KDLAB_REVERSE_KL; }
     // Is the value +inf where one side alone excludes a class?
     KDLAB_BOTH bool unbounded() const {
@@ -121,10 +123,10 @@ KDLAB_BOTH R psi(R v) {
     return x * v * v;
 }
 
-// log(1 + u) and u - log(1 + u), for |u| <= 0.25: log(1 + u) = 2 (r + r^3/3 + r^5/5 + ...), r = u / (2 + u)
+// log(1 + u) and u - log(1 + u), for -0.6 < u < 1.2: log(1 + u) = 2 (r + r^3/3 + r^5/5 + ...), r = u / (2 + u)
 template <class R>
 KDLAB_BOTH R log_series(R r2) {
-    constexpr int n = sizeof(R) == 8 ? 9 : 4;
+    constexpr int n = sizeof(R) == 8 ? 20 : 8;
     R x = R(1.0 / (2 * n + 1));
     KDLAB_UNROLL
     for (int k = n - 1; k >= 1; --k) x = fused(x, r2, R(1.0 / (2 * k + 1)));
@@ -141,21 +143,32 @@ KDLAB_BOTH R u_minus_log1p(R u) {
     return r * (u - 2 * log_series(r * r));
 }
 
-// Numbers of a row, the same in all its threads
-template <class R>
+// Numbers of a row, the same in all its threads. kExact: exponentials keep the digits that rounding takes from their
+// argument. Where one class has nearly all the mass, the gradient is as large as the others' probabilities, and they must
+// be as good as it. (Inputs of 16 bits do without; and so does double precision, whose rounding nobody sees.)
+template <class R, bool kExact>
 struct Row {
-    R k, inverse_T, max_s, max_t;
+    R k, k_rest, inverse_T, max_s, max_t;
     R ps, pt;                           // 1 / Z_s, 1 / Z_t
     R lambda;
     R c, c_error;                       // max s - max t, and its rounding error
     R mix;                              // beta or alpha
 
     KDLAB_BOTH Row(R maximum_s, R maximum_t, R zs, R zt, const Softening<R>& f, R mixture)
-        : k(f.k), inverse_T(f.inverse_T), max_s(maximum_s), max_t(maximum_t), ps(1 / zs), pt(1 / zt), mix(mixture) {
+        : k(f.k), k_rest(f.k_rest), inverse_T(f.inverse_T), max_s(maximum_s), max_t(maximum_t), ps(1 / zs), pt(1 / zt), mix(mixture) {
         const Difference<R> maxima(max_s, max_t);
         lambda = log(zs * pt);
         c = maxima.difference;
         c_error = maxima.error;
+    }
+
+    // exp((x - top) / T)
+    KDLAB_BOTH R exp(R x, R top) const {
+        const Difference<R> a(x, top);
+        const R y = a.difference * k, e = exp2_of(y);
+        if (!kExact) return e;
+        const R rest = fused(a.error, k, fused(a.difference, k_rest, fused(a.difference, k, -y)));
+        return e > 0 ? fused(e * R(log_of_2), rest, e) : e;
     }
 
     // w = v + lambda. A class that one side excludes is infinitely far, one that both exclude not at all.
@@ -168,25 +181,24 @@ struct Row {
 
     // p (e^w - 1); its sum is e^lambda - 1
     KDLAB_BOTH R mass(R s, R t) const {
-        const R es = exp2_of((s - max_s) * k), et = exp2_of((t - max_t) * k), w = distance(s, t);
+        const R es = exp(s, max_s), et = exp(t, max_t), w = distance(s, t);
         return pt * (size_of(w) < series_range<R>() ? et * (w + psi(w)) : es - et);
     }
 };
 
 template <class R> struct Pair { R p, q, v, d; };
 
-template <bool kClose, class R>
-KDLAB_BOTH Pair<R> compare(R s, R t, const Row<R>& row) {
+template <bool kClose, class R, bool kExact>
+KDLAB_BOTH Pair<R> compare(R s, R t, const Row<R, kExact>& row) {
     Pair<R> x;
-    const R a = s - row.max_s, b = t - row.max_t;
-    x.q = exp2_of(a * row.k) * row.ps;
-    x.p = exp2_of(b * row.k) * row.pt;
+    x.q = row.exp(s, row.max_s) * row.ps;
+    x.p = row.exp(t, row.max_t) * row.pt;
     x.d = x.q - x.p;
     if (kClose) {
         x.v = row.distance(s, t) - row.lambda;
         if (size_of(x.v) < series_range<R>()) x.d = x.p * (x.v + psi(x.v));
     } else {
-        x.v = (a - b) * row.inverse_T - row.lambda;
+        x.v = ((s - row.max_s) - (t - row.max_t)) * row.inverse_T - row.lambda;
     }
     return x;
 }
@@ -195,20 +207,14 @@ KDLAB_BOTH Pair<R> compare(R s, R t, const Row<R>& row) {
 template <bool kClose, class R>
 KDLAB_BOTH R share_to_mix(R p, R q, R v, R d, R a) {
     const R rest = 1 - a;
-    if (kClose) {
-        const R u = rest * (v + psi(v));                                // used where v is small
-        if (size_of(v) < series_range<R>() && size_of(u) < R(0.2)) return p * u_minus_log1p(u);
-    }
+    if (kClose && size_of(v) < series_range<R>()) return p * u_minus_log1p(rest * (v + psi(v)));
     return fused(rest, d, p > 0 ? p * log(ratio(p, fused(a, p, rest * q))) : 0);
 }
 
 // log(q / m) with m = a p + (1-a) q, for q > 0
 template <bool kClose, class R>
 KDLAB_BOTH R log_over_mix(R p, R q, R v, R a) {
-    if (kClose) {
-        const R u = a * (psi(-v) - v);                                  // m / q - 1 = a (e^-v - 1), v small
-        if (size_of(v) < series_range<R>() && size_of(u) < R(0.2)) return -small_log1p(u);
-    }
+    if (kClose && size_of(v) < series_range<R>()) return -small_log1p(a * (psi(-v) - v));      // m / q = 1 + a (e^-v - 1)
     return log(ratio(q, fused(a, p, (1 - a) * q)));
 }
 
@@ -246,26 +252,34 @@ KDLAB_BOTH R slope_of(const Pair<R>& x, R mix) {
     }
 }
 
-// q psi, where a class that the student excludes has none
+// q psi, where a class that the student excludes has none. Exact, and summed in double: where one class has most of the mass,
+// its psi nearly cancels against the sum.
 template <int kKind, bool kClose, class R>
-KDLAB_BOTH R weighted_slope(const Pair<R>& x, R mix) {
-    return x.q == 0 ? 0 : x.q * slope_of<kKind, kClose>(x, mix);
+KDLAB_BOTH double weighted_slope(const Pair<R>& x, R mix) {
+    return x.q == 0 ? 0 : double(x.q) * double(slope_of<kKind, kClose>(x, mix));
 }
 
-// The gradient of the row's value times T; `slope` is the sum of the weighted slopes.
+template <class R>
+struct Slope {                          // the sum of the weighted slopes, as high + low
+    R high, low;
+    KDLAB_BOTH explicit Slope(double x) : high(R(x)), low(R(x - double(R(x)))) {}
+};
+
+// The gradient of the row's value times T
 template <int kKind, bool kClose, class R>
-KDLAB_BOTH R gradient_of(const Pair<R>& x, R slope, R mix) {
+KDLAB_BOTH R gradient_of(const Pair<R>& x, const Slope<R>& slope, R mix) {
     if (kKind == KDLAB_FORWARD_KL) return x.d;
-    return x.q == 0 ? 0 : x.q * (slope_of<kKind, kClose>(x, mix) - slope);
+    return x.q == 0 ? 0 : x.q * ((slope_of<kKind, kClose>(x, mix) - slope.high) - slope.low);
 }
 
 // ---- one row -------------------------------------------------------------------------------------------------------
 // Is the ordinary form too coarse here? Its error is about 1e-7 of what is subtracted: of the largest probability in the
-// gradient; in the value less, the more classes share the mass. (Double precision always takes the other form.)
+// gradient; in the value less, the more classes share the mass. The mixtures subtract more. (Double precision always takes
+// the other form.)
 template <class R>
-KDLAB_BOTH bool is_close(R kl, R zs, R zt) {
+KDLAB_BOTH bool is_close(R kl, R zs, R zt, bool mixed) {
     const R top_s = 1 / zs, top_t = 1 / zt, top = larger(top_s, top_t);
-    return kl < R(0.03) + R(0.16) * sqrt(top) || (top > R(0.1) && size_of(top_s - top_t) < R(0.15) * top);
+    return kl < R(0.03) + R(0.16) * sqrt(top) || (mixed ? top > R(0.05) : top > R(0.1) && size_of(top_s - top_t) < R(0.15) * top);
 }
 
 // KL from the sums, forward or reverse; their own values, in double
