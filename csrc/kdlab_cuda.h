@@ -41,7 +41,8 @@ const char* kdlab_features_cuda(const kdlab_features* a, const kdlab_cuda_place*
 int kdlab_cuda_devices(const char** why);
 const char* kdlab_cuda_unsupported(int device);     // null, or why these kernels do not run there
 
-// For tests and measurements: plan as if a block had no more shared memory, and a cluster no more blocks. 0: as they are.
+// For tests and measurements: plan as if a block had room for no more bytes of a row, and a cluster for no more blocks.
+// 0: as they have it.
 void kdlab_cuda_limits(int shared_bytes, int cluster);
 
 #ifdef __cplusplus

@@ -100,6 +100,10 @@ KDLAB_DEVICE void assemble(const float (&x)[8], Pack<E>* p) {
     for (int i = 0; i < 4; ++i) p->word[i] = pair_of(E(), x[2 * i], x[2 * i + 1]);
 }
 
+// The 16 bytes at an address that is a multiple of 16
+template <class E> KDLAB_DEVICE Pack<E>* pack_at(E* p) { return reinterpret_cast<Pack<E>*>(p); }
+template <class E> KDLAB_DEVICE const Pack<E>* pack_at(const E* p) { return reinterpret_cast<const Pack<E>*>(p); }
+
 // Read or written once: first to leave the cache
 template <class E> KDLAB_DEVICE Pack<E> load_once(const Pack<E>* p) {
     const uint4 x = __ldcs(reinterpret_cast<const uint4*>(p));

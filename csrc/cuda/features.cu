@@ -88,14 +88,14 @@ struct Part {
     KDLAB_DEVICE void each(E* to, Body body) const {
         KDLAB_AS_IT_IS
         for (int64_t p = threadIdx.x; p < packs; p += block_threads) {
-            const Pack<E> a = reinterpret_cast<const Pack<E>*>(s)[p], b = reinterpret_cast<const Pack<E>*>(t)[p];
+            const Pack<E> a = *pack_at(s + p * V), b = *pack_at(t + p * V);
             decltype(element(a, 0)) g[V];
             KDLAB_UNROLL
             for (int i = 0; i < V; ++i) g[i] = decltype(g[0] + 0)(body(double(element(a, i)), double(element(b, i))));
             if (!to) continue;
             Pack<E> pack;
             assemble(g, &pack);
-            store_once(reinterpret_cast<Pack<E>*>(to) + p, pack);
+            store_once(pack_at(to + p * V), pack);
         }
         KDLAB_AS_IT_IS
         for (int64_t i = packs * V + threadIdx.x; i < count; i += block_threads) {
@@ -303,13 +303,13 @@ KDLAB_KERNEL(block_threads) attention_gradient(const FeaturesJob job) {
     const bool whole = job.student_pixels % V == 0 && (reinterpret_cast<uintptr_t>(s) | reinterpret_cast<uintptr_t>(grad)) % 16 == 0;
     KDLAB_AS_IT_IS
     for (int64_t p = first; whole && p < count / V; p += step) {
-        const Pack<E> a = reinterpret_cast<const Pack<E>*>(s)[p];
+        const Pack<E> a = *pack_at(s + p * V);
         decltype(element(a, 0)) g[V];
         KDLAB_UNROLL
         for (int i = 0; i < V; ++i) g[i] = decltype(g[0] + 0)(of(double(element(a, i)), p * V + i));
         Pack<E> pack;
         assemble(g, &pack);
-        store_once(reinterpret_cast<Pack<E>*>(grad) + p, pack);
+        store_once(pack_at(grad + p * V), pack);
     }
     KDLAB_AS_IT_IS
     for (int64_t i = first; !whole && i < count; i += step)

@@ -201,7 +201,7 @@ struct Slice {
         if constexpr (N == 1) {
             x[0] = to_real(*p);
         } else {
-            const Pack<E> pack = *reinterpret_cast<const Pack<E>*>(p);
+            const Pack<E> pack = *pack_at(p);
             KDLAB_UNROLL
             for (int i = 0; i < N; ++i) x[i] = element(pack, i);
         }
@@ -220,14 +220,13 @@ struct Slice {
         } else {
             Pack<E> pack;
             assemble(g, &pack);
-            store_once(reinterpret_cast<Pack<E>*>(grad + i), pack);
+            store_once(pack_at(grad + i), pack);
         }
     }
 
     template <bool kOnce>
     static KDLAB_DEVICE Pack<E> fetch(const E* p) {
-        const Pack<E>* pack = reinterpret_cast<const Pack<E>*>(p);
-        return kOnce ? load_once(pack) : *pack;
+        return kOnce ? load_once(pack_at(p)) : *pack_at(p);
     }
 
     // The first sweep: maxima and sums, and the row into shared memory. Several loads are under way at once.
@@ -250,8 +249,8 @@ struct Slice {
                 const int i = head + (v + j * team.size) * V;
                 if (v + j * team.size >= vectors) continue;
                 if (kHeld) {
-                    *reinterpret_cast<Pack<E>*>(held_s + i) = a[j];
-                    *reinterpret_cast<Pack<E>*>(held_t + i) = b[j];
+                    *pack_at(held_s + i) = a[j];
+                    *pack_at(held_t + i) = b[j];
                 }
                 constexpr int few = V < 4 ? V : 4;
                 KDLAB_UNROLL
@@ -504,17 +503,17 @@ constexpr int short_row = 8 << 10, comfortable = 52 << 10;          // bytes; wi
 
 Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
     const int64_t bytes = 2 * cols * element;
-    const int most = (limit_shared ? limit_shared : device.shared_bytes) - Team::bytes();
+    const int most = limit_shared ? limit_shared : device.shared_bytes - Team::bytes(), enough = std::min(most, comfortable);
     const int largest = limit_cluster ? std::min(limit_cluster, device.cluster) : device.cluster;
     Plan p = {block_threads, block_threads, 1, 0, 0, true};
-    if (bytes <= short_row) {
+    if (bytes <= std::min(most, short_row)) {
         for (p.team = 4; p.team < warp_lanes && p.team * 16 < cols * element;) p.team *= 2;
         p.room = room_for(cols, 1, element);
         p.shared = p.threads / p.team * 2 * p.room;
         return p;
     }
     auto needs = [&](int slices) { return 2 * int64_t(cols / slices * element + 128); };
-    while (p.slices < largest && needs(p.slices) > comfortable) p.slices *= 2;
+    while (p.slices < largest && needs(p.slices) > enough) p.slices *= 2;
     if (needs(p.slices) > most) {
         p.held = false;
         p.slices = 1;
@@ -632,12 +631,12 @@ KDLAB_KERNEL(sum_threads) scale_rows(const kdlab_scale job) {
     const int64_t count = job.rows * job.cols, step = int64_t(gridDim.x) * blockDim.x;
     const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, packs = job.per_row ? 0 : count / V;
     for (int64_t i = first; i < packs; i += step) {
-        Pack<E> pack = reinterpret_cast<Pack<E>*>(grad)[i];
+        Pack<E> pack = *pack_at(grad + i * V);
         R x[V];
         KDLAB_UNROLL
         for (int j = 0; j < V; ++j) x[j] = element(pack, j) * whole;
         assemble(x, &pack);
-        reinterpret_cast<Pack<E>*>(grad)[i] = pack;
+        *pack_at(grad + i * V) = pack;
     }
     for (int64_t i = packs * V + first; i < count; i += step) {
         const R factor = job.per_row ? R(at(job.factor, job.factor_dtype, i / job.cols)) : whole;

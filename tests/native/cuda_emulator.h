@@ -44,6 +44,7 @@ struct Block {
     std::vector<unsigned char> shared;
     std::vector<Warp> warps;
     Barrier barrier;
+    int running = 0;                                    // threads that have not returned
 };
 
 struct Fibre {
@@ -96,11 +97,12 @@ inline void run_cluster(unsigned first, int cluster, int threads, int shared_byt
     s.blocks.resize(size_t(cluster));
     s.cluster = Barrier();
     if (s.fibres.size() < size_t(cluster * threads)) s.fibres.resize(size_t(cluster * threads));
-    std::vector<Fibre*> turn;
+    std::vector<std::vector<Fibre*>> turn;              // warp by warp: each runs as far as it can, before the others move
     for (int b = 0; b < cluster; ++b) {
         Block& block = s.blocks[size_t(b)];
         block.shared.assign(size_t(shared_bytes), 0xcd);
         block.warps.resize(size_t(threads + 31) / 32);
+        block.running = threads;
         for (int i = 0; i < threads; ++i) {
             Fibre& f = s.fibres[size_t(b * threads + i)];
             if (!f.stack) f.stack.reset(new char[stack_bytes]);
@@ -113,26 +115,38 @@ inline void run_cluster(unsigned first, int cluster, int threads, int shared_byt
             f.context.uc_stack.ss_sp = f.stack.get();
             f.context.uc_stack.ss_size = stack_bytes;
             makecontext(&f.context, enter, 0);
-            turn.push_back(&f);
+            if (i % 32 == 0) turn.emplace_back();
+            turn.back().push_back(&f);
         }
     }
-    if (order == 1) std::vector<Fibre*>(turn.rbegin(), turn.rend()).swap(turn);
-    if (order > 1) std::shuffle(turn.begin(), turn.end(), std::mt19937(order));
-    for (size_t left = turn.size(); left;) {
-        bool moved = false;
-        for (Fibre* f : turn) {
-            if (f->done || (f->waits && f->waits->generation == f->generation)) continue;
-            f->waits = nullptr;
-            s.self = f;
-            swapcontext(&s.scheduler, &f->context);
-            moved = true;
-            left -= f->done;
-        }
-        if (!moved) {
-            std::printf("FAILED: %zu threads wait for others that never come\n", left);
-            std::abort();
-        }
+    std::mt19937 random(order);
+    if (order == 1) std::reverse(turn.begin(), turn.end());
+    if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    for (auto& warp : turn)
+        if (order) std::shuffle(warp.begin(), warp.end(), random);
+    auto run = [&](Fibre* f) {                          // did it move?
+        if (f->done || (f->waits && f->waits->generation == f->generation)) return false;
+        f->waits = nullptr;
+        s.self = f;
+        swapcontext(&s.scheduler, &f->context);
+        if (f->done && --f->home->running == 0) std::fill(f->home->shared.begin(), f->home->shared.end(), 0xee);  // it is gone
+        return true;
+    };
+    bool moved = true;
+    while (moved) {
+        moved = false;
+        for (auto& warp : turn)
+            for (bool again = true; again; moved |= again) {
+                again = false;
+                for (Fibre* f : warp) again |= run(f);
+            }
     }
+    for (auto& warp : turn)
+        for (Fibre* f : warp)
+            if (!f->done) {
+                std::printf("FAILED: thread %u of block %u waits for others that never come\n", f->thread.x, f->block.x);
+                std::abort();
+            }
 }
 
 inline float off_by(float y, float relative) {          // an error of up to `relative`, the same for the same y
@@ -172,15 +186,15 @@ template <class E> auto element(const Pack<E>& p, int i) { return to_real(p.x[i]
 template <class R, int N, class E> void assemble(const R (&x)[N], Pack<E>* p) {
     for (int i = 0; i < N; ++i) from_real(x[i], &p->x[i]);
 }
-template <class E> const Pack<E>* aligned(const Pack<E>* p) {
-    if (reinterpret_cast<uintptr_t>(p) % 16) {
-        std::printf("FAILED: 16 bytes at an address that is no multiple of 16\n");
-        std::abort();
-    }
-    return p;
+inline void check_alignment(const void* p) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return;
+    std::printf("FAILED: 16 bytes at an address that is no multiple of 16\n");
+    std::abort();
 }
-template <class E> Pack<E> load_once(const Pack<E>* p) { return *aligned(p); }
-template <class E> void store_once(Pack<E>* p, const Pack<E>& x) { *const_cast<Pack<E>*>(aligned(p)) = x; }
+template <class E> Pack<E>* pack_at(E* p) { return check_alignment(p), reinterpret_cast<Pack<E>*>(p); }
+template <class E> const Pack<E>* pack_at(const E* p) { return check_alignment(p), reinterpret_cast<const Pack<E>*>(p); }
+template <class E> Pack<E> load_once(const Pack<E>* p) { return *p; }
+template <class E> void store_once(Pack<E>* p, const Pack<E>& x) { *p = x; }
 
 inline unsigned char* shared_memory() { return emulator::state.self->home->shared.data(); }
 inline void block_sync() { emulator::wait(emulator::state.self->home->barrier, int(emulator::state.block_dim.x)); }
