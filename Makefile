@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/first
 
-.PHONY: lab test setup export readme bench clean help
+.PHONY: lab test setup export readme bench gpu clean help
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -29,6 +29,9 @@ export: $(VENV)/.built  ## notebooks -> package, command-line table and README; 
 
 bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compile
 	@$(BIN)/python benchmarks/soft_kl.py
+
+gpu: $(VENV)/.built  ## on a machine with a GPU: test, sanitize and time the CUDA kernels
+	@$(BIN)/python benchmarks/gpu.py
 
 clean:           ## remove the environment, builds and runs
 	rm -rf $(VENV) build dist *.egg-info runs .browser kdlab/_C*.so

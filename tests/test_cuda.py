@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -471,6 +472,25 @@ def test_the_check_up_tells_which_it_is(monkeypatch):
     monkeypatch.setattr(cuda_ops, "kernels", lambda: (None, "No module named 'kdlab._CUDA'"))
     assert cuda_ops.summary() == (False, "the CUDA kernels are not built (No module named 'kdlab._CUDA')")
     assert "not built" in str(kd.doctor().facts["CUDA"])
+
+
+def test_the_benchmark_writes_all_rows_or_none(tmp_path):
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    ms = {"kdlab": 2., "compile": 5., "copy": 1.5}
+    rows = bench.table("x", torch.float32, ms, {"kdlab": 10.}, goals=[("compile", "times_ours", 2), ("kdlab", "share_of_copy", .85)])
+    assert [r["met"] for r in rows] == ["no", "yes", ""] and rows[0]["share_of_copy"] == .75
+    bench.write(tmp_path / "x.csv", rows)
+    assert (tmp_path / "x.csv").read_text().splitlines()[2].startswith("x,float32,compile,5,2.5,0.3")
+    with pytest.raises(ValueError): bench.write(tmp_path / "x.csv", [{"nobody": 1}])
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 4
+
+
+def test_the_benchmark_says_what_is_missing():
+    if torch.cuda.is_available() and not cuda_ops.nothing_here(): pytest.skip("it would run here")
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("nothing to measure: ") and done.stderr.count("\n") == 1
 
 
 # ---- only on a device ----------------------------------------------------------------------------------------------
