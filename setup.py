@@ -1,8 +1,8 @@
 """Package metadata comes from settings.ini; the extension in csrc/ is built when it can be.
 
 KDLAB_EXT=auto (default) builds it and carries on without it if that fails; 0 leaves it out; 1 insists on it.
-KDLAB_CUDA does the same for the CUDA kernels, a module of their own that nvcc builds (auto: where nvcc is found, on Linux);
-KDLAB_CUDA_ARCHS="75 80 90" says for which devices, the last one also as PTX for newer ones.
+KDLAB_CUDA does the same for the CUDA kernels, a module of their own that nvcc builds (auto: where it is found, on
+Linux); KDLAB_CUDA_ARCHS="75 80 90" says for which devices, the last one also as PTX for newer ones.
 """
 import os
 import shutil
@@ -59,7 +59,7 @@ def cuda_extension():
 
 
 def build_cuda(sources, folder, target):
-    "Compile every source with nvcc, two at a time, and link them with the static CUDA runtime: it loads without a driver."
+    "Compile with nvcc, two sources at a time, and link with the static CUDA runtime: it loads without a driver."
     import pybind11
     from setuptools.errors import CompileError
     from sysconfig import get_path
@@ -67,8 +67,8 @@ def build_cuda(sources, folder, target):
     archs = os.environ.get("KDLAB_CUDA_ARCHS", "75 80 90").replace(",", " ").split()
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{pybind11.get_include()}", f"-I{get_path('include')}",
-             f'-DKDLAB_CUDA_ARCHS="{" ".join(archs)}"', "-Xptxas=-v", "-diag-suppress=20012,177"]
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{pybind11.get_include()}",
+             f"-I{get_path('include')}", f'-DKDLAB_CUDA_ARCHS="{" ".join(archs)}"', "-Xptxas=-v"]
     folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source):

@@ -3,9 +3,9 @@
     python benchmarks/gpu.py              all of it; writes benchmarks/gpu.csv
     python benchmarks/gpu.py --no-checks  the times alone
 
-Times are medians of forward and backward between CUDA events, all contenders in turn in every round. The limit is the time
-that a copy of the same bytes takes (read student, read teacher, write gradient), measured in the same rounds. Liger's kernels
-take part where they are installed, with the softmaxes that they leave to the caller.
+Times are medians of forward and backward between CUDA events, all contenders in turn in every round. The limit is the
+time that a copy of the same bytes takes (read student, read teacher, write gradient), measured in the same rounds.
+Liger's kernels take part where they are installed, with the softmaxes that they leave to the caller.
 """
 import argparse
 import csv
@@ -86,12 +86,12 @@ def peak(run):
 
 
 def table(work, dtype, ms, peaks, goals=()):
-    "Rows of the CSV. A goal is (contender, column, bound): at least for times_ours and share_of_copy, at most otherwise."
+    "Rows of the CSV. A goal is (contender, column, bound), the least times_ours or share_of_copy, the most of others."
     rows = []
     for name in ms:
         share = ms["copy"] / ms[name] if "copy" in ms else ""
-        row = dict(work=work, dtype=str(dtype).split(".")[-1], contender=name, ms=ms[name], times_ours=ms[name] / ms["kdlab"],
-                   share_of_copy=share, peak_MiB=peaks.get(name, ""), goal="", met="")
+        row = dict(work=work, dtype=str(dtype).split(".")[-1], contender=name, ms=ms[name], share_of_copy=share,
+                   times_ours=ms[name] / ms["kdlab"], peak_MiB=peaks.get(name, ""), goal="", met="")
         for who, column, bound in goals:
             if who == name:
                 least = column in ("times_ours", "share_of_copy")
@@ -107,10 +107,10 @@ def rows_of_logits(kind, rows, classes, dtype, least_share):
     s, t = (torch.randn(rows, classes, device="cuda", dtype=dtype).mul_(2) for _ in range(2))
     student = s.requires_grad_()
     f = getattr(kd.functional, kind)
-    runs = {"kdlab": both_ways(lambda a, b: f(a, b, backend="cuda"), student, t), "eager": both_ways(EAGER[kind], student, t),
-            "compile": both_ways(torch.compile(EAGER[kind]), student, t)}
+    runs = {"kdlab": both_ways(lambda a, b: f(a, b, backend="cuda"), student, t),
+            "eager": both_ways(EAGER[kind], student, t), "compile": both_ways(torch.compile(EAGER[kind]), student, t)}
     if liger(kind): runs["liger"] = both_ways(liger(kind), student, t)
-    half = torch.empty(3 * s.numel() // 2, device="cuda", dtype=dtype) # read once and written once: the bytes of the loss
+    half = torch.empty(3 * s.numel() // 2, device="cuda", dtype=dtype) # read and written once: the bytes of the loss
     other = torch.empty_like(half)
     ms = times(runs | {"copy": lambda: other.copy_(half)})
     goals = [(name, "times_ours", 2) for name in ("compile", "liger") if name in runs]
@@ -182,7 +182,7 @@ def checks():
         steps.append([tool, "--tool", kind, "--error-exitcode", "1", sys.executable, "-c", SANITIZED])
     for step in steps:
         print("$", *step[:5], "...", flush=True)
-        whole = {} if step[1] == "-m" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} # one allocation a tensor: its ends are seen
+        whole = {} if step[1] == "-m" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} # one allocation a tensor
         if subprocess.run(step, env=os.environ | whole).returncode: return False
     return True
 

@@ -1,6 +1,6 @@
-// The C interface of the CUDA kernels: the descriptors of kdlab.h with a device, a stream and a workspace beside them. All
-// tensors lie on that device; nothing here waits for it, allocates, or looks at a value. Every function returns null, or
-// one line that says what went wrong.
+// The C interface of the CUDA kernels: the descriptors of kdlab.h with a device, a stream and a workspace beside them.
+// All tensors lie on that device; nothing here waits for it, allocates, or looks at a value. Every function returns
+// null, or one line that says what went wrong.
 #pragma once
 #include "kdlab.h"
 #include "kdlab_features.h"
@@ -19,8 +19,9 @@ typedef struct kdlab_cuda_place {
 int64_t kdlab_cuda_workspace(int64_t rows);
 
 // Divergences and cross-entropy of rows as kdlab_soft_kl describes them, with two differences. Numbers may lie on the
-// device: an address here takes the place of the number there, and kl_factor is 1 or T^2 by t_squared. A row that counts
-// and whose label lies outside [0, cols) is NaN, in value and gradient. The gradient may take the student's place.
+// device: an address here takes the place of the number there, and kl_factor is 1 or T^2 by t_squared. A row that
+// counts and whose label lies outside [0, cols) is NaN, in value and gradient. The gradient may take the student's
+// place.
 typedef struct kdlab_cuda_rows {
     kdlab_soft_kl rows;         // threads, kl_factor: not read
     kdlab_cuda_place place;

@@ -64,9 +64,10 @@ class _Numbers:
         self.held.append(x.detach().to(torch.float64))
         return 0., self.held[-1].data_ptr()
 
-# %% ../nbs/api/02_cuda_ops.ipynb #0efd17c4
+# %% ../nbs/api/02_cuda_ops.ipynb #efb26880
 KERNELS = "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy"
-_ENDS = {("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl", ("skew_kl", 0): "forward_kl", ("skew_reverse_kl", 0): "reverse_kl"}
+_ENDS = {("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl", ("skew_kl", 0): "forward_kl",
+         ("skew_reverse_kl", 0): "reverse_kl"}
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -74,7 +75,7 @@ def _address(x:Tensor|None)->int: return 0 if x is None else x.data_ptr()
 
 def _workspace(numbers:int, like:Tensor)->Tensor: return torch.empty(numbers, dtype=torch.float64, device=like.device)
 
-# %% ../nbs/api/02_cuda_ops.ipynb #3be25c63
+# %% ../nbs/api/02_cuda_ops.ipynb #da2ad407
 def rows(call, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->int:
     "Fill what is given for a call that `kdlab.ops` laid out. Returns -1: a bad label makes its row NaN here."
     q, s, module, number = call.q, call.student, kernels()[0], _Numbers()
@@ -82,8 +83,8 @@ def rows(call, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->i
     normalizer = (math.nan, 0) if q.normalizer is None else number(q.normalizer)
     space = _workspace(module.workspace(call.rows), s)
     module.rows(
-        *map(_address, (s, call.teacher, call.target, call.mask, call.row_weight, grad_in, grad, kl_rows, ce_rows, out)),
-        _CODES[call.dtype], _CODES[call.loss_dtype], call.rows, call.cols, *call.strides, number(q.T), q.t_squared,
+        *map(_address, (s, call.teacher, call.target, call.mask, call.row_weight)),
+        *map(_address, (grad_in, grad, kl_rows, ce_rows, out)), _CODES[call.dtype], _CODES[call.loss_dtype], call.rows, call.cols, *call.strides, number(q.T), q.t_squared,
         number(q.kl_weight), number(q.ce_weight), _REDUCTIONS[q.reduction], normalizer, q.ignore_index, kind, q.mix,
         *_place(s), space.data_ptr())
     return -1
@@ -96,18 +97,20 @@ def scale(grad:Tensor, factor:Tensor)->Tensor:
                        _CODES[factor.dtype], factor.dim() > 0, *_place(grad))
     return grad
 
-# %% ../nbs/api/02_cuda_ops.ipynb #3b6811dc
+# %% ../nbs/api/02_cuda_ops.ipynb #af8dd961
 def features(call, loss:int, shapes:tuple, out=None, grad=None, grad_in=None)->None:
     "Fill what is given for a call that `kdlab.feature_ops` laid out; `shapes` of a sample of student and teacher."
     s, module = call.student, kernels()[0]
     space = _workspace(module.feature_workspace(loss, _CODES[s.dtype], s.shape[0], *shapes), s)
-    module.features(*map(_address, (s, call.teacher, call.mask, grad_in, grad, out)), loss, _CODES[s.dtype],
-                    _CODES[call.loss_dtype], s.shape[0], *shapes, _REDUCTIONS[call.reduction], *_place(s), space.data_ptr())
+    module.features(
+        *map(_address, (s, call.teacher, call.mask, grad_in, grad, out)), loss, _CODES[s.dtype], _CODES[call.loss_dtype],
+        s.shape[0], *shapes, _REDUCTIONS[call.reduction], *_place(s), space.data_ptr())
 
-# %% ../nbs/api/02_cuda_ops.ipynb #7f383e0c
+# %% ../nbs/api/02_cuda_ops.ipynb #55a6f57f
 def summary()->tuple[bool, str]: # whether kernels run here, and one line
     "The state of the CUDA kernels, for `kd.doctor()`."
     why = nothing_here()
     if why: return False, why
     found = [unsupported(i) for i in range(torch.cuda.device_count())]
-    return not any(found), "; ".join(filter(None, found)) or f"kernels built for compute capability {kernels()[0].archs}"
+    built = f"kernels built for compute capability {kernels()[0].archs}"
+    return not any(found), "; ".join(filter(None, found)) or built

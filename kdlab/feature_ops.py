@@ -151,7 +151,7 @@ def _backward(ctx, grad_out, _):
 
 features_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../nbs/api/03_feature_ops.ipynb #80c197a7
+# %% ../nbs/api/03_feature_ops.ipynb #2ab614fb
 def _why_not(student:Tensor, teacher:Tensor, cuda:bool)->str|None:
     "Why no compiled kernel can answer, or None."
     why = ops._no_kernels(student, cuda)
@@ -162,8 +162,12 @@ def _why_not(student:Tensor, teacher:Tensor, cuda:bool)->str|None:
     if ops._transforming(): return "a torch.func transform or a forward-mode derivative is active"
     return None
 
-def choose_features(backend:str, student:Tensor, teacher:Tensor, why:str|None=None, has_cuda:bool=False)->str: # "cpp", "cuda" or "torch"
-    "The backend that will answer; `why` is the caller's own reason against compiled kernels, `has_cuda` whether it has CUDA ones."
+def choose_features(
+    backend:str, student:Tensor, teacher:Tensor,
+    why:str|None=None, # the caller's own reason against compiled kernels
+    has_cuda:bool=False, # has the loss a CUDA kernel?
+)->str: # "cpp", "cuda" or "torch"
+    "The backend that will answer."
     if backend == "torch": return "torch"
     kernels = "cuda" if backend == "cuda" or (backend == "auto" and has_cuda and cuda_ops.on_gpu(student)) else "cpp"
     if kernels == "cuda" and not has_cuda: why = why or "it has no CUDA kernel"

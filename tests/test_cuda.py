@@ -1,5 +1,5 @@
-"""The CUDA kernels: always on the host, where the emulator of tests/native runs their very source thread by thread under the
-Python that calls them; on the device, with the same tests, where there is one."""
+"""The CUDA kernels: always on the host, where the emulator of tests/native runs their source thread by thread under
+the Python that calls them; on the device, with the same tests, where there is one."""
 import ctypes
 import importlib.util
 import math
@@ -18,17 +18,19 @@ import torch
 
 import kdlab as kd
 from kdlab import cuda_ops, feature_ops, ops, reference
+from kdlab.functional.divergences import question
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "tests" / "native"
-SECONDS = str(max(3, float(os.environ.get("KDLAB_FUZZ_SECONDS", 0)) / 4)) # beside the CPU kernels, which take the whole time
+SECONDS = str(max(2, float(os.environ.get("KDLAB_FUZZ_SECONDS", 0)) / 4)) # the CPU kernels take the whole time
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-LOSSES = [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {"beta": .5}), ("jsd", {"beta": .1}), ("skew_kl", {"alpha": .1}),
-          ("skew_kl", {"alpha": .7}), ("skew_reverse_kl", {"alpha": .1}), ("skew_reverse_kl", {"alpha": .7}),
-          ("total_variation", {}), ("soft_cross_entropy", {})]
-losses = pytest.mark.parametrize("name, options", LOSSES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))
+LOSSES = [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {"beta": .5}), ("jsd", {"beta": .1}),
+          ("skew_kl", {"alpha": .1}), ("skew_kl", {"alpha": .7}), ("skew_reverse_kl", {"alpha": .1}),
+          ("skew_reverse_kl", {"alpha": .7}), ("total_variation", {}), ("soft_cross_entropy", {})]
+IDS = ["-".join([name, *map(str, options.values())]) for name, options in LOSSES]
+losses = pytest.mark.parametrize("name, options", LOSSES, ids=IDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 
 
@@ -62,7 +64,8 @@ def compiled(compiler, folder, flags, *sources):
     "Object files of the sources, two at a time."
     def one(source):
         target = folder / f"{source.name}.o"
-        subprocess.run([compiler, *flags, "-I", ROOT / "csrc", "-I", NATIVE, "-x", "c++", "-c", source, "-o", target], check=True)
+        include = "-I", ROOT / "csrc", "-I", NATIVE
+        subprocess.run([compiler, *flags, *include, "-x", "c++", "-c", source, "-o", target], check=True)
         return target
     with ThreadPoolExecutor(2) as pool: return list(pool.map(one, sources))
 
@@ -73,10 +76,10 @@ def emulated(tmp_path_factory):
     compiler, folder = shutil.which("g++"), tmp_path_factory.mktemp("emulated")
     pybind11 = pytest.importorskip("pybind11")
     if compiler is None: pytest.skip("no g++: the kernels are not emulated")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-DKDLAB_EMULATE", '-DKDLAB_CUDA_ARCHS="emulated"',
-             "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
-    cuda = ROOT / "csrc" / "cuda"
-    objects = compiled(compiler, folder, flags, cuda / "rows.cu", cuda / "binding.cpp", cuda / "features.cu", NATIVE / "cuda_emulated.cpp")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-DKDLAB_EMULATE",
+             '-DKDLAB_CUDA_ARCHS="emulated"', "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
+    sources = [ROOT / "csrc" / "cuda" / name for name in ("rows.cu", "binding.cpp", "features.cu")]
+    objects = compiled(compiler, folder, flags, *sources, NATIVE / "cuda_emulated.cpp")
     path = folder / "_CUDA.so"
     subprocess.run([compiler, "-shared", *objects, "-o", path], check=True)
     spec = importlib.util.spec_from_file_location("kdlab_emulated._CUDA", path)
@@ -110,13 +113,15 @@ def device(request):
 
 
 def test_random_cases_agree_with_the_definition_and_stay_in_bounds(tmp_path):
-    "The fuzz program of the CPU kernels drives the emulated ones, under AddressSanitizer, in several orders of threads."
+    "The fuzz program of the CPU kernels drives the emulated ones: AddressSanitizer, several orders of threads."
     compiler = shutil.which("g++")
     if compiler is None: pytest.skip("no g++")
     flags = ["-std=c++17", "-O0", "-g", "-ffp-contract=off", "-fsanitize=address", "-DKDLAB_EMULATE"]
     objects = compiled(compiler, tmp_path, flags, NATIVE / "cuda_as_cpu.cpp", NATIVE / "fuzz.cpp")
-    if subprocess.run([compiler, "-fsanitize=address", *objects, "-o", tmp_path / "fuzz"]).returncode: pytest.skip("no sanitizer")
-    done = subprocess.run([tmp_path / "fuzz", SECONDS], capture_output=True, text=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+    fuzz = tmp_path / "fuzz"
+    if subprocess.run([compiler, "-fsanitize=address", *objects, "-o", fuzz]).returncode: pytest.skip("no sanitizer")
+    settings = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([fuzz, SECONDS], capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert int(done.stdout.split()[0]) > 50
 
@@ -136,6 +141,14 @@ def value_and_grad(f, student):
     return value.detach().cpu(), torch.autograd.grad(value.sum(), student)[0].cpu()
 
 
+def run(device, name, options, s, t, *rest, **more):
+    "Value and gradient by the kernel."
+    to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
+    more = {k: to(v) for k, v in more.items()}
+    f, rest = getattr(kd.functional, name), [to(x) for x in (t, *rest)]
+    return value_and_grad(lambda x: f(x, *rest, backend="cuda", **options, **more), to(s))
+
+
 def oracle(name, options, s, t, T=1., reading="stable_"):
     "Rows and d(sum of rows)/d student, in float64 on the CPU; T² included."
     read = getattr(reference, reading + name)
@@ -148,7 +161,8 @@ def assert_same(got, want, rtol=1e-6, atol=1e-12): torch.testing.assert_close(go
 
 def assert_grad(got, want, dtype=torch.float32, slack=1):
     error = (got.double() - want).abs().max()
-    assert error <= slack * ROUNDING[dtype] * want.abs().max() + 1e-7 * (dtype == torch.float16), f"{error / want.abs().max():.3g}"
+    top = want.abs().max()
+    assert error <= slack * ROUNDING[dtype] * top + 1e-7 * (dtype == torch.float16), f"{error / top:.3g} of the largest"
 
 
 @losses
@@ -157,8 +171,7 @@ def assert_grad(got, want, dtype=torch.float32, slack=1):
 def test_value_and_gradient(device, name, options, dtype, T):
     s, t = pair(6, 13, dtype=dtype)
     rows, grad = oracle(name, options, s, t, T)
-    f = getattr(kd.functional, name)
-    got, got_grad = value_and_grad(lambda x: f(x, t.to(device), T=T, backend="cuda", **options), s.to(device))
+    got, got_grad = run(device, name, options, s, t, T=T)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got_grad.dtype == dtype
     assert_same(got, rows.mean())
     # The emulator's exp2 and division are as wrong as those of the device are allowed to be, each time.
@@ -172,20 +185,19 @@ def test_accurate_where_the_student_has_nearly_converged(device, name, options, 
     t = logits(6, 100, seed=3, scale=1.0)
     s = t + gap * logits(6, 100, seed=4, scale=1.0)
     want, want_grad = oracle(name, options, s, t, T)
-    f = getattr(kd.functional, name)
-    got, got_grad = value_and_grad(lambda x: f(x, t.to(device), T=T, reduction="none", backend="cuda", **options), s.to(device))
+    got, got_grad = run(device, name, options, s, t, T=T, reduction="none")
     assert ((got.double() - want).abs() / want).max() < 1e-6
     assert (got_grad.double() - want_grad).abs().max() < 2e-6 * want_grad.abs().max()
 
 
 @pytest.mark.parametrize("name, options", [LOSSES[0], LOSSES[1], LOSSES[2]], ids=["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("C, dtype", [(0, 0), (1, 0), (7, 0), (252, 2), (507, 0), (1271, 1), (1271, 3), (32000, 0), (128256, 2)])
+@pytest.mark.parametrize("C, dtype", [(0, 0), (1, 0), (7, 0), (252, 2), (507, 0), (1271, 1), (1271, 3), (32000, 0),
+                                      (128256, 2)])
 def test_numbers_of_classes(device, name, options, C, dtype):
     dtype = DTYPES[dtype]
     s, t = pair(2, C, dtype=dtype)
     rows, grad = oracle(name, options, s, t, 2.)
-    f = getattr(kd.functional, name)
-    got, got_grad = value_and_grad(lambda x: f(x, t.to(device), T=2., reduction="none", backend="cuda", **options), s.to(device))
+    got, got_grad = run(device, name, options, s, t, T=2., reduction="none")
     assert_same(got, rows)
     if C: assert_grad(got_grad, grad, dtype)
 
@@ -198,13 +210,10 @@ def test_masked_rows_are_exactly_zero_even_where_they_hold_nan(device, name, opt
     s[1], t[1], s[2], t[4] = NAN, NAN, INF, NAN
     count = mask & (y != -100)
     rows, grad = oracle(name, options, s[count], t[count], 2.)
-    run = lambda reduction: value_and_grad(
-        lambda x: getattr(kd.functional, name)(x, t.to(device), y.to(device), T=2., mask=mask.to(device), reduction=reduction,
-                                               backend="cuda", **options), s.to(device))
-    got, got_grad = run("none")
+    got, got_grad = run(device, name, options, s, t, y, T=2., mask=mask, reduction="none")
     assert got[~count].eq(0).all() and got_grad[~count].eq(0).all()
     assert_same(got[count], rows)
-    got, got_grad = run("mean")
+    got, got_grad = run(device, name, options, s, t, y, T=2., mask=mask)
     assert_same(got, rows.mean())
     assert got_grad[~count].eq(0).all()
     assert_grad(got_grad[count], grad / 3, dtype)
@@ -214,8 +223,8 @@ def test_masked_rows_are_exactly_zero_even_where_they_hold_nan(device, name, opt
 def test_labels_weights_and_divergence_in_one_sweep(device, C):
     s, t = pair(5, C)
     y, w = torch.tensor([0, 3, -100, C - 1, 10]), torch.tensor([1., 2., NAN, 0., .5])
-    rows, q = kd.functional.divergences.question(s.to(device), t.to(device), y.to(device), hard_weight=.25, soft_weight=.75,
-                                                 row_weight=w.to(device), T=3., reduction="sum", kind="jsd", mix=.5)
+    rows, q = question(*(x.to(device) for x in (s, t, y)), hard_weight=.25, soft_weight=.75, row_weight=w.to(device),
+                       T=3., reduction="sum", kind="jsd", mix=.5)
     got, got_grad = value_and_grad(lambda x: ops.answer(x, *rows[1:], q, "cuda"), s.to(device))
     keep = y != -100
     kl, kl_grad = oracle("jsd", {"beta": .5}, s[keep], t[keep], 3.)
@@ -232,7 +241,7 @@ def test_labels_weights_and_divergence_in_one_sweep(device, C):
 def test_cross_entropy_alone_and_a_confident_student(device):
     s, y = logits(4, 700), torch.tensor([3, 699, 0, 5])
     s[0, 3] += 40
-    rows, q = kd.functional.divergences.question(s.to(device), None, y.to(device), hard_weight=1., reduction="none")
+    rows, q = question(s.to(device), None, y.to(device), hard_weight=1., reduction="none")
     got, got_grad = value_and_grad(lambda x: ops.answer(x, *rows[1:], q, "cuda"), s.to(device))
     ce, grad = value_and_grad(lambda x: reference.stable_cross_entropy(x, y), s.double())
     assert_same(got, ce, rtol=5e-6)
@@ -244,7 +253,8 @@ def test_cross_entropy_alone_and_a_confident_student(device):
 
 def test_a_bad_label_spoils_its_row_and_no_other(device):
     s, t = pair(3, 9)
-    rows, q = kd.functional.divergences.question(s.to(device), t.to(device), torch.tensor([1, 9, -5]).to(device), hard_weight=1., reduction="none")
+    y = torch.tensor([1, 9, -5])
+    rows, q = question(*(x.to(device) for x in (s, t, y)), hard_weight=1., reduction="none")
     got, grad = value_and_grad(lambda x: ops.answer(x, *rows[1:], q, "cuda"), s.to(device))
     assert got[1:].isnan().all() and grad[1:].isnan().all() and got[0].isfinite() and grad[0].isfinite().all()
 
@@ -258,10 +268,7 @@ def test_excluded_classes_and_spoilt_rows(device, name, options, C):
     t[2, 3] = -INF # the teacher alone
     s[3], t[4] = -INF, -INF # nothing left
     s[5, 4], t[6, 5] = NAN, INF
-    f = getattr(kd.functional, name)
-    run = lambda where, backend: value_and_grad(
-        lambda x: f(x, t.to(where), T=2., reduction="none", backend=backend, **options), s.to(where))
-    got, got_grad = run(device, "cuda")
+    got, got_grad = run(device, name, options, s, t, T=2., reduction="none")
     want, want_grad = oracle(name, options, s, t, 2.)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0, equal_nan=True)
     torch.testing.assert_close(got_grad.double(), want_grad, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -287,9 +294,8 @@ def test_layouts(device, layout, dtype):
 @pytest.mark.parametrize("shift", [(0, 0), (1, 1), (1, 2)], ids=["aligned", "shifted alike", "shifted apart"])
 def test_ways_to_lay_a_row_on_threads(device, shared, cluster, shift):
     C = 5003
-    s, t = (torch.empty(3 * C + 4, dtype=torch.bfloat16) for _ in range(2))
-    s, t = (x[n:n + 3 * C].view(3, C).copy_(y).to(device) for x, n, y in zip((s, t), shift, pair(3, C)))
-    if device == "cuda": s, t = (torch.empty(3 * C + 4, dtype=torch.bfloat16, device=device)[n:n + 3 * C].view(3, C).copy_(x) for n, x in zip(shift, (s, t)))
+    room = lambda: torch.empty(3 * C + 4, dtype=torch.bfloat16, device=device)
+    s, t = (room()[n:n + 3 * C].view(3, C).copy_(x) for n, x in zip(shift, pair(3, C)))
     module = cuda_ops.kernels()[0]
     module.limits(shared, cluster)
     try:
@@ -304,7 +310,7 @@ def test_ways_to_lay_a_row_on_threads(device, shared, cluster, shift):
 @pytest.mark.parametrize("C", [10, 3000, 40000])
 def test_the_gradient_may_take_the_students_place(device, C):
     s, t = (x.to(device) for x in pair(3, C))
-    _, q = kd.functional.divergences.question(s, t, kind="jsd", mix=.5)
+    _, q = question(s, t, kind="jsd", mix=.5)
     apart, call = torch.empty_like(s), ops._Call(s, t, None, None, None, q)
     call(out=call.empty_out(), grad=apart)
     call(out=call.empty_out(), grad=s)
@@ -314,11 +320,11 @@ def test_the_gradient_may_take_the_students_place(device, C):
 def test_repeated_runs_are_the_same_to_the_bit(device):
     s, t = (x.to(device) for x in pair(40, 2100))
     mask = torch.arange(40).ne(3).to(device)
-    run = lambda: value_and_grad(lambda x: kd.functional.jsd(x, t, mask=mask, backend="cuda"), s)
-    first = run()
+    once = lambda: run(device, "jsd", {}, s, t, mask=mask)
+    first = once()
     for order in (1, 2, 3):
         if device == "cpu": cuda_ops.kernels()[0].order(order) # threads in another order: a missing barrier would show
-        again = run()
+        again = once()
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
@@ -334,7 +340,7 @@ def test_many_rows_are_counted_and_added_up_in_parts(device):
 def test_numbers_on_the_device(device):
     s, t = (x.to(device) for x in pair(4, 9))
     T, w, n = (torch.tensor(x, device=device) for x in (3., .5, 7.))
-    rows, q = kd.functional.divergences.question(s, t, soft_weight=w, T=T, normalizer=n)
+    rows, q = question(s, t, soft_weight=w, T=T, normalizer=n)
     got, grad = value_and_grad(lambda x: ops.answer(x, *rows[1:], q, "cuda"), s)
     want, want_grad = oracle("forward_kl", {}, s.cpu(), t.cpu(), 3.)
     assert_same(got, .5 * want.sum() / 7)
@@ -368,8 +374,16 @@ def test_compiled_and_exported_calls_reach_the_same_kernel(device, monkeypatch):
 
 
 # ---- features ------------------------------------------------------------------------------------------------------
-FEATURES = [("hint", (3, 7)), ("hint", (2, 40000)), ("direction", (3, 7)), ("direction", (2, 20001)), ("cosine", (5, 48)),
-            ("attention_transfer", (3, 5, 4, 6)), ("attention_transfer", (2, 70, 7, 7))]
+FEATURES = [("hint", (3, 7)), ("hint", (2, 40000)), ("direction", (3, 7)), ("direction", (2, 20001)),
+            ("cosine", (5, 48)), ("attention_transfer", (3, 5, 4, 6)), ("attention_transfer", (2, 70, 7, 7))]
+
+
+def compare_features(device, loss, s, t, mask=None, reduction="none"):
+    "Value and gradient by the kernel, and what they should be."
+    want = value_and_grad(lambda x: feature_ops.torch_features(x, t.double(), mask, loss, reduction), s.double())
+    where = None if mask is None else mask.to(device)
+    features = lambda x: feature_ops.features(x, t.to(device), where, loss, reduction, "cuda")
+    return *value_and_grad(features, s.to(device)), *want
 
 
 @pytest.mark.parametrize("loss, shape", FEATURES, ids=str)
@@ -379,10 +393,8 @@ def test_features(device, loss, shape, dtype, masked):
     s, t = (x / 3 for x in pair(*shape, dtype=dtype))
     mask = torch.arange(shape[0]) != 1 if masked else None
     if masked: s[1] = NAN
-    where = None if mask is None else mask.to(device)
     for reduction in ("mean", "none"):
-        want, want_grad = value_and_grad(lambda x: feature_ops.torch_features(x, t.double(), mask, loss, reduction), s.double())
-        got, grad = value_and_grad(lambda x: feature_ops.features(x, t.to(device), where, loss, reduction, "cuda"), s.to(device))
+        got, grad, want, want_grad = compare_features(device, loss, s, t, mask, reduction)
         assert_same(got, want)
         assert_grad(grad, want_grad, dtype)
         if masked: assert grad[1].eq(0).all()
@@ -393,17 +405,16 @@ def test_features_that_nearly_agree_and_zero_vectors(device, loss):
     t = logits(3, 300, scale=1.)
     s = 5 * t + 1e-4 * logits(3, 300, seed=7, scale=1.)
     s[2] = 0
-    want, want_grad = value_and_grad(lambda x: feature_ops.torch_features(x, t.double(), None, loss, "none"), s.double())
-    got, grad = value_and_grad(lambda x: feature_ops.features(x, t.to(device), None, loss, "none", "cuda"), s.to(device))
+    got, grad, want, want_grad = compare_features(device, loss, s, t)
     assert_same(got, want)
     for row in range(3): assert_grad(grad[row], want_grad[row])
 
 
-@pytest.mark.parametrize("student, teacher", [((2, 4, 8, 8), (2, 6, 4, 4)), ((2, 4, 5, 7), (2, 3, 3, 9)), ((2, 3, 6, 6), (2, 2, 12, 9))])
+@pytest.mark.parametrize("student, teacher", [((2, 4, 8, 8), (2, 6, 4, 4)), ((2, 4, 5, 7), (2, 3, 3, 9)),
+                                              ((2, 3, 6, 6), (2, 2, 12, 9))])
 def test_attention_of_maps_of_different_sizes(device, student, teacher):
     s, t = logits(*student, seed=1), logits(*teacher, seed=2)
-    want, want_grad = value_and_grad(lambda x: feature_ops.torch_features(x, t.double(), None, "attention_transfer", "sum"), s.double())
-    got, grad = value_and_grad(lambda x: feature_ops.features(x, t.to(device), None, "attention_transfer", "sum", "cuda"), s.to(device))
+    got, grad, want, want_grad = compare_features(device, "attention_transfer", s, t, reduction="sum")
     assert_same(got, want)
     assert_grad(grad, want_grad)
 
@@ -447,7 +458,8 @@ def test_addresses_strides_numbers_device_and_stream(recorder):
     assert (student, teacher, target, weight, grad_in, kl, ce) == (s.data_ptr(), t.data_ptr(), y.data_ptr(), 0, 0, 0, 0)
     assert mask and grad and out
     assert args[10:16] == (0, 0, 4, 9, 12, 12)
-    (T_value, T_at), t_squared, kl_weight, ce_weight, reduction, normalizer, ignore_index, kind, mix, device, stream, space = args[16:]
+    (T_value, T_at), t_squared, kl_weight, ce_weight, reduction, normalizer, ignore_index, kind, mix = args[16:25]
+    device, stream, space = args[25:]
     assert T_value == 0 and T_at and t_squared # the address of a float64 copy: its value was not looked at
     assert ce_weight[1] == 0 == normalizer[1] and normalizer[0] == 5. and reduction == 2 and ignore_index == -100
     assert kind == cuda_ops.KERNELS.index("reverse_kl") and mix == 1 and (device, stream) == (3, 0xabc) and space
@@ -459,7 +471,8 @@ def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not_otherwise(recorder, mo
     assert ops.choose("auto", s, t, None, q) == "cuda"
     assert ops.choose("auto", s, t.clone().requires_grad_(), None, q) == "torch"
     assert ops.choose("auto", s, t.detach(), None, q._replace(kind="logit_mse")) == "torch"
-    with pytest.raises(ValueError, match="no kernel for logit_mse"): ops.choose("cuda", s, t.detach(), None, q._replace(kind="logit_mse"))
+    with pytest.raises(ValueError, match="no kernel for logit_mse"):
+        ops.choose("cuda", s, t.detach(), None, q._replace(kind="logit_mse"))
     assert feature_ops.choose_features("auto", s, s, has_cuda=True) == "cuda"
     with pytest.raises(ValueError, match="it has no CUDA kernel"): feature_ops.choose_features("cuda", s, s)
     monkeypatch.setattr(cuda_ops, "why_not", lambda x: "device 3 is not supported: too old")
@@ -479,7 +492,8 @@ def test_the_benchmark_writes_all_rows_or_none(tmp_path):
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     ms = {"kdlab": 2., "compile": 5., "copy": 1.5}
-    rows = bench.table("x", torch.float32, ms, {"kdlab": 10.}, goals=[("compile", "times_ours", 2), ("kdlab", "share_of_copy", .85)])
+    goals = ("compile", "times_ours", 2), ("kdlab", "share_of_copy", .85)
+    rows = bench.table("x", torch.float32, ms, {"kdlab": 10.}, goals)
     assert [r["met"] for r in rows] == ["no", "yes", ""] and rows[0]["share_of_copy"] == .75
     bench.write(tmp_path / "x.csv", rows)
     assert (tmp_path / "x.csv").read_text().splitlines()[2].startswith("x,float32,compile,5,2.5,0.3")

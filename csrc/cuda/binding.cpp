@@ -86,8 +86,8 @@ void scale(intptr_t grad, int dtype, int64_t rows, int64_t cols, intptr_t factor
     check(kdlab_scale_cuda(&a, &place));
 }
 
-kdlab_features features_of(int loss, int dtype, int loss_dtype, int64_t samples, Shape student_shape, Shape teacher_shape,
-                           int reduction) {
+kdlab_features features_of(int loss, int dtype, int loss_dtype, int64_t samples, Shape student_shape,
+                           Shape teacher_shape, int reduction) {
     kdlab_features a = {};
     a.loss = loss;
     a.dtype = dtype;
@@ -104,9 +104,9 @@ int64_t feature_workspace(int loss, int dtype, int64_t samples, Shape student_sh
     return kdlab_cuda_feature_workspace(&a);
 }
 
-void features(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_in, intptr_t grad, intptr_t out, int loss,
-              int dtype, int loss_dtype, int64_t samples, Shape student_shape, Shape teacher_shape, int reduction, int device,
-              intptr_t stream, intptr_t workspace) {
+void features(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_in, intptr_t grad, intptr_t out,
+              int loss, int dtype, int loss_dtype, int64_t samples, Shape student_shape, Shape teacher_shape,
+              int reduction, int device, intptr_t stream, intptr_t workspace) {
     kdlab_features a = features_of(loss, dtype, loss_dtype, samples, student_shape, teacher_shape, reduction);
     a.student = pointer<const void>(student);
     a.teacher = pointer<const void>(teacher);
@@ -141,5 +141,5 @@ PYBIND11_MODULE(_CUDA, m) {
     m.def("scale", &scale, "grad *= factor in place, one factor or one per row; free where one factor is 1.");
     m.def("feature_workspace", &feature_workspace, "Numbers of float64 that `features` needs.");
     m.def("features", &features, "Losses on features, a value for each sample; see csrc/kdlab_cuda.h.");
-    m.def("limits", &kdlab_cuda_limits, "Plan for less shared memory a block and smaller clusters; 0: as the device has it.");
+    m.def("limits", &kdlab_cuda_limits, "Plan for less memory a block and smaller clusters; 0: as they are.");
 }

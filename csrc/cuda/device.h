@@ -1,5 +1,5 @@
-// The little that the kernels use of CUDA, under names that the emulator of the tests can give them as well: it compiles
-// the same .cu files for the host (KDLAB_EMULATE) and runs every thread of a block as a fibre.
+// The little that the kernels use of CUDA, under names that the emulator of the tests can give them as well: it
+// compiles the same .cu files for the host (KDLAB_EMULATE) and runs every thread of a block as a fibre.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -67,7 +67,9 @@ KDLAB_DEVICE void from_real(float x, f16* y) { y->bits = __half_as_ushort(__floa
 template <class E> struct alignas(16) Pack { uint32_t word[4]; };
 
 KDLAB_DEVICE float element(const Pack<float>& p, int i) { return __uint_as_float(p.word[i]); }
-KDLAB_DEVICE double element(const Pack<double>& p, int i) { return __hiloint2double(int(p.word[2 * i + 1]), int(p.word[2 * i])); }
+KDLAB_DEVICE double element(const Pack<double>& p, int i) {
+    return __hiloint2double(int(p.word[2 * i + 1]), int(p.word[2 * i]));
+}
 KDLAB_DEVICE float element(const Pack<bf16>& p, int i) {
     return __uint_as_float(i % 2 ? p.word[i / 2] & 0xffff0000u : p.word[i / 2] << 16);
 }
@@ -118,7 +120,9 @@ KDLAB_DEVICE unsigned char* shared_memory() {
     return memory;
 }
 KDLAB_DEVICE void block_sync() { __syncthreads(); }
-template <class X> KDLAB_DEVICE X shuffle_xor(unsigned mask, X x, int offset) { return __shfl_xor_sync(mask, x, offset); }
+KDLAB_DEVICE void warp_sync(unsigned mask) { __syncwarp(mask); }
+template <class X>
+KDLAB_DEVICE X shuffle_xor(unsigned mask, X x, int offset) { return __shfl_xor_sync(mask, x, offset); }
 
 // Thread-block clusters: their blocks run at one time and read each other's shared memory.
 KDLAB_DEVICE void cluster_sync() {
@@ -151,7 +155,7 @@ inline DeviceInfo device_info(int device) {
         int major = 0;
         cudaDeviceGetAttribute(&known[device].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        known[device].cluster = major >= 9 ? 16 : 1;                // 8 for certain, 16 where the kernel fits: cluster_fits
+        known[device].cluster = major >= 9 ? 16 : 1;                // at most: see cluster_fits
     });
     return known[device];
 }
@@ -162,33 +166,47 @@ class OnDevice {
 public:
     cudaError_t error;
     explicit OnDevice(int device) {
-        error = cudaGetDevice(&before);
-        if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+        int current = -1;
+        error = cudaGetDevice(&current);
+        if (error != cudaSuccess || current == device) return;
+        error = cudaSetDevice(device);
+        before = current;
     }
     ~OnDevice() { if (before >= 0) cudaSetDevice(before); }
 };
 
-// One launch: `kernel` with `blocks` blocks, of which `cluster` at a time work together.
+// What a launch and the question whether it can run have in common. The kernel may have all shared memory of a block:
+// set to what one launch needs, the limit would be another one for a launch of the same kernel on another thread.
+struct Shape {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute dimension;
+    template <class Kernel>
+    Shape(Kernel kernel, int64_t blocks, int threads, int shared_bytes, int cluster, cudaStream_t stream,
+          cudaError_t* error) {
+        config.gridDim = dim3(unsigned(blocks));
+        config.blockDim = dim3(unsigned(threads));
+        config.dynamicSmemBytes = size_t(shared_bytes);
+        config.stream = stream;
+        dimension.id = cudaLaunchAttributeClusterDimension;
+        dimension.val.clusterDim.x = unsigned(cluster);
+        dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+        config.attrs = &dimension;
+        config.numAttrs = cluster > 1;
+        int device = 0;
+        if (shared_bytes <= 48 * 1024 || (*error = cudaGetDevice(&device)) != cudaSuccess) return;
+        const int most = device_info(device).shared_bytes;
+        *error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
+};
+
+// `kernel` with `blocks` blocks, of which `cluster` at a time work together
 template <class Job>
 inline const char* launch(void (*kernel)(Job), int64_t blocks, int threads, int shared_bytes, int cluster, void* stream,
                           const Job& job) {
     if (blocks > 0x7fffffff) return "too many rows for one launch";
-    if (shared_bytes > 48 * 1024) {
-        cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-        if (e != cudaSuccess) return message(e);
-    }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = size_t(shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute dimension;
-    dimension.id = cudaLaunchAttributeClusterDimension;
-    dimension.val.clusterDim.x = unsigned(cluster);
-    dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
-    config.attrs = &dimension;
-    config.numAttrs = cluster > 1;
-    return message(cudaLaunchKernelEx(&config, kernel, job));
+    cudaError_t e = cudaSuccess;
+    const Shape shape(kernel, blocks, threads, shared_bytes, cluster, static_cast<cudaStream_t>(stream), &e);
+    return message(e != cudaSuccess ? e : cudaLaunchKernelEx(&shape.config, kernel, job));
 }
 
 // Can clusters of this kernel run at all? Asked once for each device, kernel and shape.
@@ -200,20 +218,12 @@ inline bool cluster_fits(void (*kernel)(Job), int device, int cluster, int threa
     const auto key = std::make_tuple(kernel, device, cluster, shared_bytes);
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(cluster));
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = size_t(shared_bytes);
-    cudaLaunchAttribute dimension;
-    dimension.id = cudaLaunchAttributeClusterDimension;
-    dimension.val.clusterDim.x = unsigned(cluster);
-    dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
-    config.attrs = &dimension;
-    config.numAttrs = 1;
+    cudaError_t e = cudaSuccess;
+    const Shape shape(kernel, cluster, threads, shared_bytes, cluster, nullptr, &e);
     int clusters = 0;
-    const bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-                      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) == cudaSuccess &&
-                      cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+    const bool fits = e == cudaSuccess &&
+                      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                      cudaOccupancyMaxActiveClusters(&clusters, kernel, &shape.config) == cudaSuccess && clusters > 0;
     cudaGetLastError();                                             // a refusal here is an answer, not an error
     return known[key] = fits;
 }

@@ -1,5 +1,6 @@
-// Losses on features: hint, direction, cosine, attention transfer; the twin of cpu/features.h. Sums, and what follows from
-// them, are in double: products of floats are exact there, so that nothing cancels where student and teacher agree.
+// Losses on features: hint, direction, cosine, attention transfer; the twin of cpu/features.h. Sums, and what follows
+// from them, are in double: products of floats are exact there, so that nothing cancels where student and teacher
+// agree.
 //
 // A sample is shared out to several blocks. Each leaves its part of the sums in the workspace, and the next launch adds
 // them up in one fixed order.
@@ -27,7 +28,7 @@ KDLAB_DEVICE void put(void* p, int dtype, int64_t i, double x) {
 struct FeaturesJob : kdlab_features {
     int64_t student_size, teacher_size;             // elements of a sample
     int parts;                                      // blocks that share a sample
-    int64_t student_pixels, teacher_pixels, height, width;      // attention: of the maps, and of the smaller map of both
+    int64_t student_pixels, teacher_pixels, height, width;      // attention: of the maps, and of the smaller of both
     // workspace
     double *count, *values, *sums;                  // [1], [samples], [samples, parts, first_sums]
     double *student_map, *teacher_map, *student_cells, *teacher_cells, *factor;
@@ -43,6 +44,8 @@ struct FeaturesJob : kdlab_features {
         return (grad_in ? at(grad_in, loss_dtype, reduction == KDLAB_NONE ? i : 0) : 1.0) / denominator();
     }
 };
+
+KDLAB_DEVICE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // How many samples count
 KDLAB_KERNEL(block_threads) count_samples(const FeaturesJob job) {
@@ -73,14 +76,13 @@ struct Part {
     int64_t count, packs;                           // elements, and 16 bytes of them, where all are aligned
 
     KDLAB_DEVICE Part(const FeaturesJob& job, int64_t sample, int part) {
-        const int64_t n = job.student_size, per_part = (n + job.parts - 1) / job.parts, step = (per_part + V - 1) / V * V;
+        const int64_t n = job.student_size, step = ((n + job.parts - 1) / job.parts + V - 1) / V * V;
         const int64_t begin = step * part < n ? step * part : n, end = begin + step < n ? begin + step : n;
         s = static_cast<const E*>(job.student) + sample * n + begin;
         t = static_cast<const E*>(job.teacher) + sample * n + begin;
         grad = job.grad ? static_cast<E*>(job.grad) + sample * n + begin : nullptr;
         count = end - begin;
-        const uintptr_t together = reinterpret_cast<uintptr_t>(s) | reinterpret_cast<uintptr_t>(t) | reinterpret_cast<uintptr_t>(grad);
-        packs = together % 16 ? 0 : count / V;
+        packs = aligned(s) && aligned(t) && aligned(grad) ? count / V : 0;
     }
 
     // grad = body(s, t), or body alone if there is no gradient to write
@@ -194,7 +196,10 @@ KDLAB_DEVICE void square_map(const E* x, int64_t channels, int64_t pixels, int64
             for (int j = 0; j < ahead; ++j) sum += double(to_real(y[j])) * double(to_real(y[j]));
         }
         KDLAB_AS_IT_IS
-        for (; c < channels; c += channel_groups) sum += double(to_real(x[c * pixels + p])) * double(to_real(x[c * pixels + p]));
+        for (; c < channels; c += channel_groups) {
+            const double y = to_real(x[c * pixels + p]);
+            sum += y * y;
+        }
     }
     shared[threadIdx.x] = sum;
     block_sync();
@@ -209,14 +214,13 @@ KDLAB_KERNEL(block_threads) square_maps(const FeaturesJob job) {
     const int64_t tiles = of_student + (job.teacher_pixels + pixel_lanes - 1) / pixel_lanes;
     const int64_t sample = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     if (!job.takes(sample)) return;
-    if (tile < of_student) {
-        const E* x = static_cast<const E*>(job.student) + sample * job.student_size;
-        square_map(x, job.student_shape[0], job.student_pixels, tile * pixel_lanes, job.student_map + sample * job.student_pixels);
-    } else {
-        const E* x = static_cast<const E*>(job.teacher) + sample * job.teacher_size;
-        square_map(x, job.teacher_shape[0], job.teacher_pixels, (tile - of_student) * pixel_lanes,
-                   job.teacher_map + sample * job.teacher_pixels);
-    }
+    const bool student = tile < of_student;
+    const int64_t pixels = student ? job.student_pixels : job.teacher_pixels;
+    const E* x = static_cast<const E*>(student ? job.student : job.teacher);
+    square_map(x + sample * (student ? job.student_size : job.teacher_size),
+               student ? job.student_shape[0] : job.teacher_shape[0], pixels,
+               (student ? tile : tile - of_student) * pixel_lanes,
+               (student ? job.student_map : job.teacher_map) + sample * pixels);
 }
 
 // Adaptive averages as torch has them: cell i of m averages [i n / m, ceil((i + 1) n / m)) of n.
@@ -283,7 +287,8 @@ KDLAB_KERNEL(block_threads) compare_maps(const FeaturesJob job) {
     team.combine(sum, Add(), 1);                        // and all of a and b are written
     if (team.rank == 0) job.values[sample] = sum[0] / double(cells);
     if (!job.grad) return;
-    const double k = length_a == 0 ? 0 : job.grad_scale(sample) * 4 / (double(cells) * length_a * double(job.student_shape[0]));
+    const double to_all = double(cells) * double(job.student_shape[0]);
+    const double k = length_a == 0 ? 0 : job.grad_scale(sample) * 4 / (to_all * length_a);
     for (int64_t p = team.rank; p < job.student_pixels; p += team.size)
         factor[p] = pass_on(job.student_shape, job.height, job.width, p,
                             [&](int64_t cell) { return k * (a[cell] - b[cell] - a[cell] * sum[1]); });
@@ -300,7 +305,7 @@ KDLAB_KERNEL(block_threads) attention_gradient(const FeaturesJob job) {
         return job.factor[i / job.student_size * job.student_pixels + i % job.student_pixels];
     };
     auto of = [&](double x, int64_t i) { return job.takes(i / job.student_size) ? x * factor_of(i) : 0; };
-    const bool whole = job.student_pixels % V == 0 && (reinterpret_cast<uintptr_t>(s) | reinterpret_cast<uintptr_t>(grad)) % 16 == 0;
+    const bool whole = job.student_pixels % V == 0 && aligned(s) && aligned(grad);
     KDLAB_AS_IT_IS
     for (int64_t p = first; whole && p < count / V; p += step) {
         const Pack<E> a = *pack_at(s + p * V);
@@ -347,12 +352,14 @@ const char* launch_features(const FeaturesJob& job, void* stream) {
         e = launch(sum_parts<E>, job.samples * job.parts, block_threads, room, 1, stream, job);
         return e ? e : launch(finish_parts<E>, job.samples * job.parts, block_threads, room, 1, stream, job);
     }
-    const int64_t tiles = (job.student_pixels + pixel_lanes - 1) / pixel_lanes + (job.teacher_pixels + pixel_lanes - 1) / pixel_lanes;
+    auto tiles_of = [](int64_t pixels) { return (pixels + pixel_lanes - 1) / pixel_lanes; };
+    const int64_t tiles = tiles_of(job.student_pixels) + tiles_of(job.teacher_pixels);
     e = launch(square_maps<E>, job.samples * tiles, block_threads, int(sizeof(double)) * block_threads, 1, stream, job);
     if (!e) e = launch(compare_maps, job.samples, block_threads, room, 1, stream, job);
     if (e || !job.grad) return e;
     const int64_t elements = job.samples * job.student_size;
-    return launch(attention_gradient<E>, std::min<int64_t>(1 << 16, (elements + 2047) / 2048), block_threads, 0, 1, stream, job);
+    const int64_t blocks = std::min<int64_t>(1 << 16, (elements + 2047) / 2048);
+    return launch(attention_gradient<E>, blocks, block_threads, 0, 1, stream, job);
 }
 
 const char* launch_any(const FeaturesJob& job, void* stream) {

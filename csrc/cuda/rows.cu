@@ -1,8 +1,8 @@
 // Softened divergences and cross-entropy of rows of logits: loss and gradient, each input read once.
 //
-// A team of threads takes a row: a few lanes where rows are short, a block, or a cluster of blocks that shares out a row
-// too long for one. A first sweep over the row keeps it in shared memory and finds maxima and sums; the gradient is made from
-// there. A row that fits nowhere is read a second time instead (kHeld = false).
+// A team of threads takes a row: a few lanes where rows are short, a block, or a cluster of blocks that shares out a
+// row too long for one. A first sweep over the row keeps it in shared memory and finds maxima and sums; the gradient is
+// made from there. A row that fits nowhere is read a second time instead (kHeld = false).
 #include <algorithm>
 #include <cmath>
 
@@ -13,8 +13,8 @@
 namespace kdlab {
 namespace {
 
-// Blocks of 128 threads, of which four fit a multiprocessor: one loads while others compute and write. 512 where a block has
-// a multiprocessor to itself: this bound leaves a thread 128 registers.
+// Blocks of 128 threads, of which four fit a multiprocessor: one loads while others compute and write. 512 where a
+// block has a multiprocessor to itself: this bound leaves a thread 128 registers.
 constexpr int block_threads = 128, most_threads = 512, sum_threads = 256;
 constexpr int count_share = 4096, sum_share = 8192, most_parts = 128;
 
@@ -54,8 +54,8 @@ struct RowsJob : kdlab_soft_kl {
     }
 };
 
-// What the first thread of a row's team writes: first what is known before the divergence, then the divergence. In between
-// the numbers lie in memory, not in registers.
+// What the first thread of a row's team writes: first what is known before the divergence, then the divergence. In
+// between the numbers lie in memory, not in registers.
 struct RowValue {
     const RowsJob& job;
     const int64_t r;
@@ -132,10 +132,13 @@ struct Slice {
     const E *s, *t;                     // in memory
     E* grad;
     E *held_s, *held_t;                 // in shared memory
-    int begin, n, head, vectors;        // where it begins in the row; elements; those before the first whole 16 bytes; 16 bytes after them
+    int begin, n;                       // where it begins in the row, and how many elements it has
+    int head, vectors;                  // elements before the first whole 16 bytes, and how many of these there are
 
     // Elements before the first 16-byte border
-    static KDLAB_DEVICE int before_border(const E* p) { return int((16 - (reinterpret_cast<uintptr_t>(p) & 15)) % 16 / sizeof(E)); }
+    static KDLAB_DEVICE int before_border(const E* p) {
+        return int((16 - (reinterpret_cast<uintptr_t>(p) & 15)) % 16 / sizeof(E));
+    }
 
     KDLAB_DEVICE Slice(const RowsJob& job, const Team& team, int64_t r, unsigned char* memory, int place) {
         s = static_cast<const E*>(job.student) + r * job.student_stride;
@@ -460,7 +463,8 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
     const R factor = no_way_out ? Real<R>::nan : R(g * get(job.kl_number) * value.kl_factor() / T);
     const Finish<E, kCE, kHeld> rest = {part, team, row, hard, value, factor, first};
     double x[3] = {kl_of(sum[2], zs, zt, T, f.reverse()), 0, 1};
-    const bool close = sizeof(R) == 8 || is_close(R(x[0]), R(zs), R(zt), !f.unbounded()), known = f.unbounded() && !close;
+    const bool close = sizeof(R) == 8 || is_close(R(x[0]), R(zs), R(zt), !f.unbounded());
+    const bool known = f.unbounded() && !close;
     if (close) {
         const R m = rest.mass();
         if (size_of(m) < R(0.5)) row.lambda = log1p(m);
@@ -499,11 +503,12 @@ int room_for(int64_t cols, int slices, int element) {
     return int((cols / slices + 5 * v) / v * 16);                   // a share, odd elements at both ends, and a shift
 }
 
-constexpr int short_row = 8 << 10, comfortable = 52 << 10;          // bytes; with these, four blocks fit a multiprocessor
+constexpr int short_row = 8 << 10, comfortable = 52 << 10;      // bytes; with these, four blocks fit a multiprocessor
 
 Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
     const int64_t bytes = 2 * cols * element;
-    const int most = limit_shared ? limit_shared : device.shared_bytes - Team::bytes(), enough = std::min(most, comfortable);
+    const int most = limit_shared ? limit_shared : device.shared_bytes - Team::bytes();
+    const int enough = std::min(most, comfortable);
     const int largest = limit_cluster ? std::min(limit_cluster, device.cluster) : device.cluster;
     Plan p = {block_threads, block_threads, 1, 0, 0, true};
     if (bytes <= std::min(most, short_row)) {
@@ -520,7 +525,7 @@ Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
     } else {
         p.room = room_for(cols, p.slices, element);
     }
-    if (needs(p.slices) > comfortable && element < 8) p.threads = p.team = most_threads;       // one block fills a multiprocessor
+    if (needs(p.slices) > comfortable && element < 8) p.threads = p.team = most_threads;
     p.shared = Team::bytes() + 2 * p.room;
     return p;
 }
@@ -528,7 +533,7 @@ Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
 template <class E, bool kCE>
 const char* launch_rows(RowsJob& job, DeviceInfo device, const kdlab_cuda_place& place) {
     Plan p = plan_for(job.cols, sizeof(E), device);
-    if (p.slices > 1 && !cluster_fits(softened_rows<E, kCE, true>, place.device, p.slices, p.threads, p.shared)) {
+    while (p.slices > 1 && !cluster_fits(softened_rows<E, kCE, true>, place.device, p.slices, p.threads, p.shared)) {
         device.cluster = p.slices / 2;
         p = plan_for(job.cols, sizeof(E), device);
     }
@@ -600,12 +605,13 @@ const char* kdlab_rows_cuda(const kdlab_cuda_rows* a) {
     const bool counted = job.reduction == KDLAB_MEAN && !a->normalizer && std::isnan(job.normalizer) &&
                          (job.mask || job.target) && job.rows > 0;
     job.count_parts = counted ? parts_of(job.rows, count_share) : 0;
-    if (counted)
-        if (const char* e = launch(count_rows, job.count_parts, sum_threads, Team::bytes(), 1, place.stream, job)) return e;
-
     const char* e = nullptr;
-    const size_t number = job.loss_dtype == KDLAB_F64 ? 8 : 4, element = job.dtype == KDLAB_F64 ? 8 : job.dtype == KDLAB_F32 ? 4 : 2;
-    if (job.rows == 0 || job.cols == 0 || !(job.divergence || job.cross_entropy)) {      // nothing to compute: all is zero
+    if (counted) e = launch(count_rows, job.count_parts, sum_threads, Team::bytes(), 1, place.stream, job);
+    if (e) return e;
+
+    const size_t number = job.loss_dtype == KDLAB_F64 ? 8 : 4;
+    const size_t element = job.dtype == KDLAB_F64 ? 8 : job.dtype == KDLAB_F32 ? 4 : 2;
+    if (job.rows == 0 || job.cols == 0 || !(job.divergence || job.cross_entropy)) {      // nothing to compute: all zero
         if (job.reduction == KDLAB_NONE) e = fill_zero(job.out, number * job.rows, place.stream);
         else e = fill_zero(job.values, 8 * job.rows, place.stream);
         if (!e) e = fill_zero(job.kl_rows, number * job.rows, place.stream);

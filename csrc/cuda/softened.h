@@ -1,10 +1,10 @@
 // The equations of the divergences between softened distributions, for one element or a few of one thread: the twin of
-// cpu/softened.h. It compiles for the device and for the host, where tests check it against float64. The loops around it,
-// and the sums over threads, are in rows.cu.
+// cpu/softened.h. It compiles for the device and for the host, where tests check it against float64. The loops around
+// it, and the sums over threads, are in rows.cu.
 //
-// With a = s - max s, b = t - max t, e_s = exp(a/T), e_t = exp(b/T), Z = sum e: q = e_s / Z_s is the student, p = e_t / Z_t the
-// teacher, v = log(q / p) = (a - b)/T - lambda, lambda = log(Z_s / Z_t), d = q - p. Every divergence is a sum over classes of
-// a value, and with psi = d value / d q its gradient is
+// With a = s - max s, b = t - max t, e_s = exp(a/T), e_t = exp(b/T), Z = sum e: q = e_s / Z_s is the student, p = e_t /
+// Z_t the teacher, v = log(q / p) = (a - b)/T - lambda, lambda = log(Z_s / Z_t), d = q - p. Every divergence is a sum
+// over classes of a value, and with psi = d value / d q its gradient is
 //
 //     d / d s_i = q_i (psi_i - sum_j q_j psi_j) / T
 //
@@ -86,7 +86,7 @@ struct Sums {
             const R out = f.reverse() ? t[i] : s[i], in = f.reverse() ? s[i] : t[i], weight = f.reverse() ? es : et;
             zs += es;
             zt += et;
-            if (out == -Real<R>::infinity) excludes |= in > -Real<R>::infinity;     // apart from m: it shall stay finite
+            if (out == -Real<R>::infinity) excludes |= in > -Real<R>::infinity;     // apart from m, which stays finite
             else if (weight > 0) m = fused(weight, b - a, m);                       // 0 * -inf = 0
             if (f.kind == KDLAB_SOFT_CROSS_ENTROPY && et > 0) entropy = fused(et, b, entropy);
             if (kCE && i != label) zh += exp2_of(a * R(log2_of_e));
@@ -144,8 +144,8 @@ KDLAB_BOTH R u_minus_log1p(R u) {
 }
 
 // Numbers of a row, the same in all its threads. kExact: exponentials keep the digits that rounding takes from their
-// argument. Where one class has nearly all the mass, the gradient is as large as the others' probabilities, and they must
-// be as good as it. (Inputs of 16 bits do without; and so does double precision, whose rounding nobody sees.)
+// argument. Where one class has nearly all the mass, the gradient is as large as the others' probabilities, and they
+// must be as good as it. (Inputs of 16 bits do without; and so does double precision, whose rounding nobody sees.)
 template <class R, bool kExact>
 struct Row {
     R k, k_rest, inverse_T, max_s, max_t;
@@ -155,7 +155,8 @@ struct Row {
     R mix;                              // beta or alpha
 
     KDLAB_BOTH Row(R maximum_s, R maximum_t, R zs, R zt, const Softening<R>& f, R mixture)
-        : k(f.k), k_rest(f.k_rest), inverse_T(f.inverse_T), max_s(maximum_s), max_t(maximum_t), ps(1 / zs), pt(1 / zt), mix(mixture) {
+        : k(f.k), k_rest(f.k_rest), inverse_T(f.inverse_T), max_s(maximum_s), max_t(maximum_t), ps(1 / zs), pt(1 / zt),
+          mix(mixture) {
         const Difference<R> maxima(max_s, max_t);
         lambda = log(zs * pt);
         c = maxima.difference;
@@ -214,7 +215,7 @@ KDLAB_BOTH R share_to_mix(R p, R q, R v, R d, R a) {
 // log(q / m) with m = a p + (1-a) q, for q > 0
 template <bool kClose, class R>
 KDLAB_BOTH R log_over_mix(R p, R q, R v, R a) {
-    if (kClose && size_of(v) < series_range<R>()) return -small_log1p(a * (psi(-v) - v));      // m / q = 1 + a (e^-v - 1)
+    if (kClose && size_of(v) < series_range<R>()) return -small_log1p(a * (psi(-v) - v));  // m / q = 1 + a (e^-v - 1)
     return log(ratio(q, fused(a, p, (1 - a) * q)));
 }
 
@@ -245,15 +246,15 @@ KDLAB_BOTH R slope_of(const Pair<R>& x, R mix) {
         case KDLAB_REVERSE_KL: return x.v;                              // log(q / p)
         case KDLAB_JSD: return rest * log_over_mix<kClose>(x.p, x.q, x.v, mix);
         case KDLAB_SKEW_KL: return rest * rest * ratio(x.d, fused(rest, x.d, x.p));
-        case KDLAB_SKEW_REVERSE_KL:                                     // log(q / m) - alpha (q - m) / m, m = alpha q + (1-alpha) p
+        case KDLAB_SKEW_REVERSE_KL:                 // log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p
             return log_over_mix<kClose>(x.p, x.q, x.v, rest) - mix * rest * ratio(x.d, fused(mix, x.d, x.p));
         case KDLAB_TOTAL_VARIATION: return x.d > 0 ? R(0.5) : x.d < 0 ? R(-0.5) : x.d;  // NaN stays
         default: return 0;
     }
 }
 
-// q psi, where a class that the student excludes has none. Exact, and summed in double: where one class has most of the mass,
-// its psi nearly cancels against the sum.
+// q psi, where a class that the student excludes has none. Exact, and summed in double: where one class has most of the
+// mass, its psi nearly cancels against the sum.
 template <int kKind, bool kClose, class R>
 KDLAB_BOTH double weighted_slope(const Pair<R>& x, R mix) {
     return x.q == 0 ? 0 : double(x.q) * double(slope_of<kKind, kClose>(x, mix));
@@ -273,13 +274,14 @@ KDLAB_BOTH R gradient_of(const Pair<R>& x, const Slope<R>& slope, R mix) {
 }
 
 // ---- one row -------------------------------------------------------------------------------------------------------
-// Is the ordinary form too coarse here? Its error is about 1e-7 of what is subtracted: of the largest probability in the
-// gradient; in the value less, the more classes share the mass. The mixtures subtract more. (Double precision always takes
-// the other form.)
+// Is the ordinary form too coarse here? Its error is about 1e-7 of what is subtracted: of the largest probability in
+// the gradient; in the value less, the more classes share the mass. The mixtures subtract more. (Double precision
+// always takes the other form.)
 template <class R>
 KDLAB_BOTH bool is_close(R kl, R zs, R zt, bool mixed) {
     const R top_s = 1 / zs, top_t = 1 / zt, top = larger(top_s, top_t);
-    return kl < R(0.03) + R(0.16) * sqrt(top) || (mixed ? top > R(0.05) : top > R(0.1) && size_of(top_s - top_t) < R(0.15) * top);
+    if (kl < R(0.03) + R(0.16) * sqrt(top)) return true;
+    return mixed ? top > R(0.05) : top > R(0.1) && size_of(top_s - top_t) < R(0.15) * top;
 }
 
 // KL from the sums, forward or reverse; their own values, in double

@@ -1,5 +1,5 @@
-// The threads that work on one row: some lanes of a warp, a block, or the blocks of a cluster. What they add up they add
-// in one fixed order, and every thread gets the same number.
+// The threads that work on one row: some lanes of a warp, a block, or the blocks of a cluster. What they add up they
+// add in one fixed order, and every thread gets the same number.
 #pragma once
 #include "device.h"
 
@@ -35,8 +35,8 @@ public:
 
     static KDLAB_BOTH constexpr int bytes() { return int(sizeof(double)) * most_stages * (most_warps + 1) * most_sums; }
 
-    // x[i] of all threads, combined. Every call in a kernel has its own stage: so nothing is overwritten that another
-    // thread still reads.
+    // x[i] of all threads, combined; and what a thread wrote before, all threads of its block may read after. Every
+    // call in a kernel has its own stage: so nothing is overwritten that another thread still reads.
     template <int N, class X, class Op>
     KDLAB_DEVICE void combine(X (&x)[N], Op op, int stage) const {
         static_assert(N <= most_sums, "too many at once");
@@ -44,7 +44,9 @@ public:
         for (int offset = (size < warp_lanes ? size : warp_lanes) / 2; offset; offset /= 2)
             KDLAB_UNROLL
             for (int i = 0; i < N; ++i) x[i] = op(x[i], shuffle_xor(mask, x[i], offset));
-        if (warps > 1) {
+        if (warps == 1) {
+            warp_sync(mask);                            // shuffles alone do not order memory
+        } else {
             if (lane == 0)
                 KDLAB_UNROLL
                 for (int i = 0; i < N; ++i) slot<X>(stage, warp)[i] = x[i];

@@ -1,11 +1,13 @@
-// The CUDA row kernels, emulated, under the name of the CPU's: so the fuzz program drives them unchanged. Its instruction sets
-// are ways to lay rows on threads; its second number of threads is another order in which the emulated threads run.
+// The CUDA row kernels, emulated, under the name of the CPU's: so the fuzz program drives them unchanged. Its
+// instruction sets are ways to lay rows on threads; its second number of threads is another order in which the emulated
+// threads run.
 #include "../../csrc/cuda/rows.cu"
 
 namespace {
 
 struct Way { const char* name; int shared, cluster; };
-const Way ways[] = {{"as on Hopper", 0, 0}, {"clusters", 1 << 10, 16}, {"without clusters", 0, 1}, {"read twice", 1 << 10, 1}};
+const Way ways[] = {{"as on Hopper", 0, 0}, {"clusters", 1 << 10, 16}, {"without clusters", 0, 1},
+                    {"read twice", 1 << 10, 1}};
 int way = 0;
 unsigned calls = 0;
 

@@ -1,7 +1,8 @@
-// The CUDA of csrc/cuda/device.h on the host, for tests: every thread of a block (of a cluster) is a fibre on one processor
-// thread, and barriers and shuffles wait for those they must wait for. So the very source of the kernels runs here, with its
-// indices, phases and reductions; a thread that does not come to a barrier is reported. The order in which fibres run is a
-// parameter: results that depend on it show a missing barrier. ex2, log and division err as much as those of the device may.
+// The CUDA of csrc/cuda/device.h on the host, for tests: every thread of a block (of a cluster) is a fibre on one
+// processor thread, and barriers and shuffles wait for those they must wait for. So the very source of the kernels runs
+// here, with its indices, phases and reductions; a thread that does not come to a barrier is reported. The order in
+// which fibres run is a parameter: results that depend on it show a missing barrier. ex2, log and division err as much
+// as those of the device may.
 #pragma once
 #include <ucontext.h>
 
@@ -67,7 +68,7 @@ struct State {
     std::function<void()> kernel;
 };
 inline State state;
-inline unsigned order = 0;                              // 0: as they are numbered; 1: backwards; others: shuffled by this seed
+inline unsigned order = 0;                              // 0: as numbered; 1: backwards; others: shuffled by this seed
 inline long launches = 0;
 
 inline void wait(Barrier& b, int expected) {
@@ -97,7 +98,7 @@ inline void run_cluster(unsigned first, int cluster, int threads, int shared_byt
     s.blocks.resize(size_t(cluster));
     s.cluster = Barrier();
     if (s.fibres.size() < size_t(cluster * threads)) s.fibres.resize(size_t(cluster * threads));
-    std::vector<std::vector<Fibre*>> turn;              // warp by warp: each runs as far as it can, before the others move
+    std::vector<std::vector<Fibre*>> turn;              // warp by warp: each runs as far as it can
     for (int b = 0; b < cluster; ++b) {
         Block& block = s.blocks[size_t(b)];
         block.shared.assign(size_t(shared_bytes), 0xcd);
@@ -129,7 +130,8 @@ inline void run_cluster(unsigned first, int cluster, int threads, int shared_byt
         f->waits = nullptr;
         s.self = f;
         swapcontext(&s.scheduler, &f->context);
-        if (f->done && --f->home->running == 0) std::fill(f->home->shared.begin(), f->home->shared.end(), 0xee);  // it is gone
+        std::vector<unsigned char>& shared = f->home->shared;
+        if (f->done && --f->home->running == 0) std::fill(shared.begin(), shared.end(), 0xee);     // it is gone
         return true;
     };
     bool moved = true;
@@ -144,7 +146,7 @@ inline void run_cluster(unsigned first, int cluster, int threads, int shared_byt
     for (auto& warp : turn)
         for (Fibre* f : warp)
             if (!f->done) {
-                std::printf("FAILED: thread %u of block %u waits for others that never come\n", f->thread.x, f->block.x);
+                std::printf("FAILED: thread %u of block %u waits for ever\n", f->thread.x, f->block.x);
                 std::abort();
             }
 }
@@ -192,7 +194,8 @@ inline void check_alignment(const void* p) {
     std::abort();
 }
 template <class E> Pack<E>* pack_at(E* p) { return check_alignment(p), reinterpret_cast<Pack<E>*>(p); }
-template <class E> const Pack<E>* pack_at(const E* p) { return check_alignment(p), reinterpret_cast<const Pack<E>*>(p); }
+template <class E>
+const Pack<E>* pack_at(const E* p) { return check_alignment(p), reinterpret_cast<const Pack<E>*>(p); }
 template <class E> Pack<E> load_once(const Pack<E>* p) { return *p; }
 template <class E> void store_once(Pack<E>* p, const Pack<E>& x) { *p = x; }
 
@@ -214,6 +217,9 @@ X shuffle_xor(unsigned mask, X x, int offset) {
     return x;
 }
 
+inline void warp_sync(unsigned mask) {
+    emulator::wait(emulator::state.self->home->warps[threadIdx.x / 32].barriers[mask], __builtin_popcount(mask));
+}
 inline void cluster_sync() {
     emulator::wait(emulator::state.cluster, int(emulator::state.blocks.size() * emulator::state.block_dim.x));
 }
@@ -235,7 +241,8 @@ struct OnDevice {
 inline const char* message(int) { return nullptr; }
 
 template <class Job>
-const char* launch(void (*kernel)(Job), int64_t blocks, int threads, int shared_bytes, int cluster, void*, const Job& job) {
+const char* launch(void (*kernel)(Job), int64_t blocks, int threads, int shared_bytes, int cluster, void*,
+                   const Job& job) {
     ++emulator::launches;
     emulator::state.kernel = [&] { kernel(job); };
     emulator::state.block_dim = {unsigned(threads)};
