@@ -75,7 +75,7 @@ def _address(x:Tensor|None)->int: return 0 if x is None else x.data_ptr()
 
 def _workspace(numbers:int, like:Tensor)->Tensor: return torch.empty(numbers, dtype=torch.float64, device=like.device)
 
-# %% ../nbs/api/02_cuda_ops.ipynb #d88f1167
+# %% ../nbs/api/02_cuda_ops.ipynb #29ddc210
 def rows(call, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->int:
     "Fill what is given for a call that `kdlab.ops` laid out. Returns -1: a bad label makes its row NaN here."
     q, s, module, number = call.q, call.student, kernels()[0], _Numbers()
@@ -85,8 +85,8 @@ def rows(call, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->i
     module.rows(
         *map(_address, (s, call.teacher, call.target, call.mask, call.row_weight)),
         *map(_address, (grad_in, grad, kl_rows, ce_rows, out)), _CODES[call.dtype], _CODES[call.loss_dtype], call.rows,
-        call.cols, *call.strides, number(q.T), q.t_squared, number(q.kl_weight), number(q.ce_weight), _REDUCTIONS[q.reduction], normalizer, q.ignore_index, kind, q.mix,
-        *_place(s), space.data_ptr())
+        call.cols, *call.strides, number(q.T), q.t_squared, number(q.kl_weight), number(q.ce_weight),
+        _REDUCTIONS[q.reduction], normalizer, q.ignore_index, kind, q.mix, *_place(s), space.data_ptr())
     return -1
 
 # %% ../nbs/api/02_cuda_ops.ipynb #ac2d200c

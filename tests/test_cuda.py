@@ -39,7 +39,8 @@ def test_no_kernel_spills():
     "`ptxas -v` of the last build: for every kernel and architecture, no stack, no spills, at most 168 registers."
     log = ROOT / "build" / "cuda_resources.txt"
     if not log.exists():
-        assert os.environ.get("KDLAB_CUDA") != "1", "KDLAB_CUDA=1, but the build left no build/cuda_resources.txt"
+        insist = os.environ.get("KDLAB_EXT") == "1" and os.environ.get("KDLAB_CUDA", "auto") != "0" and shutil.which("nvcc")
+        assert not insist, "nvcc is here, but the build left no build/cuda_resources.txt: see what it said"
         pytest.skip("the CUDA kernels were not built here")
     text = log.read_text()
     kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", text)
