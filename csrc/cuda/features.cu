@@ -156,6 +156,7 @@ KDLAB_KERNEL(block_threads) finish_parts(const FeaturesJob job) {
         return;
     }
     double x[first_sums] = {0, 0, 0};
+    KDLAB_AS_IT_IS
     for (int p = 0; p < job.parts; ++p)
         for (int i = 0; i < first_sums; ++i) x[i] += job.sums[(sample * job.parts + p) * first_sums + i];
     const double n = double(job.student_size);
