@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/first
 
-.PHONY: lab test setup export widget-data bench clean help
+.PHONY: lab test setup export widget-data bench gpu clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -33,6 +33,9 @@ widget-data: $(VENV)/.built  ## make the runs that the widgets show (5 seeds, a 
 bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compile
 	@$(BIN)/python benchmarks/soft_kl.py
 
+gpu: $(VENV)/.built  ## on a machine with a GPU: test, sanitize and time the CUDA kernels
+	@$(BIN)/python benchmarks/gpu.py
+
 clean:           ## remove the environment, builds and runs
 	rm -rf $(VENV) build dist *.egg-info runs .browser kdlab/_C*.so
 
@@ -45,6 +48,6 @@ $(VENV)/.deps: constraints.txt settings.ini
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+$(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -1,14 +1,18 @@
 """Package metadata comes from settings.ini; the extension in csrc/ is built when it can be.
 
 KDLAB_EXT=auto (default) builds it and carries on without it if that fails; 0 leaves it out; 1 insists on it.
+KDLAB_CUDA does the same for the CUDA kernels, a module of their own that nvcc builds (auto: where it is found, on
+Linux); KDLAB_CUDA_ARCHS="75 80 90" says for which devices, the last one also as PTX for newer ones.
 """
 import os
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -28,11 +32,66 @@ class BuildWithCourse(build_py):
             shutil.copytree(ROOT / "nbs" / "course", course, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
 
+def choice_of(name):
+    "auto, 0 or 1, from the environment."
+    choice = os.environ.get(name, "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 0 or 1, not {choice!r}")
+    return choice
+
+
+def find_nvcc():
+    "The CUDA compiler: on the path, or where CUDA_HOME says."
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which(str(Path(home) / "bin" / "nvcc"))
+
+
+def cuda_extension():
+    "The module of CUDA kernels, or nothing where it is not wanted or cannot be built."
+    choice = choice_of("KDLAB_CUDA")
+    able = find_nvcc() and sys.platform == "linux"
+    if choice == "1" and not able:
+        raise SystemExit("KDLAB_CUDA=1 needs Linux and nvcc (the CUDA toolkit) on the path or in CUDA_HOME/bin")
+    if choice == "0" or not able:
+        return []
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.c*"))
+    return [Extension("kdlab._CUDA", sources, optional=choice == "auto")]
+
+
+def build_cuda(sources, folder, target):
+    "Compile with nvcc, two sources at a time, and link with the static CUDA runtime: it loads without a driver."
+    import pybind11
+    from setuptools.errors import CompileError
+    from sysconfig import get_path
+
+    archs = os.environ.get("KDLAB_CUDA_ARCHS", "75 80 90").replace(",", " ").split()
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{pybind11.get_include()}",
+             f"-I{get_path('include')}", f'-DKDLAB_CUDA_ARCHS="{" ".join(archs)}"', "-Xptxas=-v"]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source):
+        out = folder / f"{Path(source).name}.o"
+        command = [find_nvcc(), *flags, *code, "--threads=2", "-c", source, "-o", str(out)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise CompileError(f"nvcc could not compile {source}:\n{done.stderr}")
+        return str(out), done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        objects, said = zip(*pool.map(compiled, sources))
+    log = ROOT / "build" / "cuda_resources.txt"     # registers and spills of every kernel; tests read it
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("".join(said), encoding="utf-8")
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    if subprocess.run([find_nvcc(), "-shared", "-cudart=static", *code[-1:], *objects, "-o", target]).returncode:
+        raise CompileError("nvcc could not link the CUDA kernels")
+
+
 def extensions():
     "The compiled core as arguments of `setup`, or nothing where KDLAB_EXT=0."
-    choice = os.environ.get("KDLAB_EXT", "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"KDLAB_EXT must be auto, 0 or 1, not {choice!r}")
+    choice = choice_of("KDLAB_EXT")
     if choice == "0":
         return {}
     try:
@@ -47,11 +106,16 @@ def extensions():
             super().initialize_options()
             self.force = True  # a change of flags alone would not rebuild
 
+        def build_extension(self, ext):
+            if ext.name != "kdlab._CUDA":
+                return super().build_extension(ext)
+            build_cuda(ext.sources, Path(self.build_temp) / "cuda", self.get_ext_fullpath(ext.name))
+
     msvc = sys.platform == "win32"
     openmp = [] if sys.platform == "darwin" else ["/openmp"] if msvc else ["-fopenmp"]
     ext = Pybind11Extension(
         "kdlab._C",
-        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")),
+        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "cuda"),
         include_dirs=["csrc"],
         depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
         cxx_std=17,
@@ -61,7 +125,7 @@ def extensions():
         extra_link_args=[] if msvc else openmp,
         optional=choice == "auto",
     )
-    return {"ext_modules": [ext], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [ext, *cuda_extension()], "cmdclass": {"build_ext": Build}}
 
 
 core = extensions()

@@ -87,7 +87,7 @@ def _torch()->tuple[object, Fact]: # the module or None, and what to say about i
         repair = f'pip install --force-reinstall "{NEEDED[0]}"'
         return None, Fact("torch", "missing", f"{fact.text} is installed but does not load: {e}", repair)
 
-# %% ../nbs/api/10_checkup.ipynb #2f6d47d4
+# %% ../nbs/api/10_checkup.ipynb #7992c653
 _BUILD = "with a C++ compiler, KDLAB_EXT=1 pip install . in the source folder builds it"
 
 
@@ -109,10 +109,12 @@ def _core()->list[Fact]:
 
 
 def _cuda(torch)->Fact:
-    "What torch sees of a GPU."
-    if not torch.cuda.is_available(): return Fact("CUDA", "ok", "torch sees no GPU; none is needed")
+    "What torch sees of a GPU, and whether the CUDA kernels run on it."
+    runs, line = importlib.import_module("kdlab.cuda_ops").summary()
+    if not torch.cuda.is_available(): return Fact("CUDA", "ok", f"torch sees no GPU, none is needed; {line}")
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return Fact("CUDA", "ok", f"{names}; this version has no CUDA kernels yet, plain torch runs there")
+    if runs: return Fact("CUDA", "ok", f"{names}; {line}")
+    return Fact("CUDA", "note", f"{names}; plain torch runs there: {line}", "with nvcc, KDLAB_CUDA=1 pip install . builds the kernels")
 
 
 def _compiler()->Fact:

@@ -6,10 +6,10 @@
 __all__ = ['FEATURE_LOSSES', 'reduce', 'widen', 'without_autocast', 'torch_features', 'features_op', 'features_backward_op',
            'choose_features', 'features']
 
-# %% ../nbs/api/03_feature_ops.ipynb #725bf0f3
+# %% ../nbs/api/03_feature_ops.ipynb #b9bc9e19
 import torch
 from torch import Tensor
-from . import feature_reference, ops
+from . import cuda_ops, feature_reference, ops
 
 # %% ../nbs/api/03_feature_ops.ipynb #3b0b81b2
 FEATURE_LOSSES = {
@@ -47,7 +47,7 @@ def torch_features(student, teacher, mask, loss:str, reduction:str)->Tensor:
         values = FEATURE_LOSSES[loss][1](s, t)
         return reduce(values, mask, reduction).to(ops._loss_dtype(student, teacher))
 
-# %% ../nbs/api/03_feature_ops.ipynb #231e3d32
+# %% ../nbs/api/03_feature_ops.ipynb #5612d00c
 class _Call:
     "One call of the kernel: inputs laid out once."
     __slots__ = "student", "teacher", "mask", "loss", "reduction", "loss_dtype"
@@ -61,9 +61,10 @@ class _Call:
 
     def __call__(self, out=None, grad=None, grad_in=None)->None:
         "Fill what is given."
-        s, t = self.student, self.teacher
+        s, t, loss = self.student, self.teacher, FEATURE_LOSSES[self.loss][0]
+        if cuda_ops.on_gpu(s): return cuda_ops.features(self, loss, (_shape(s), _shape(t)), out, grad, grad_in)
         ops._C.features(
-            s.data_ptr(), t.data_ptr(), *map(ops._address, (self.mask, grad_in, grad, out)), FEATURE_LOSSES[self.loss][0],
+            s.data_ptr(), t.data_ptr(), *map(ops._address, (self.mask, grad_in, grad, out)), loss,
             ops._CODES[s.dtype], ops._CODES[self.loss_dtype], s.shape[0], _shape(s), _shape(t),
             ops._REDUCTIONS[self.reduction], ops.threads())
 
@@ -106,8 +107,8 @@ class _Features(torch.autograd.Function):
             grad = ops._as(grad, ctx.like)
         return grad, None, None, None, None
 
-# %% ../nbs/api/03_feature_ops.ipynb #6b03d571
-@torch.library.custom_op("kdlab::features", mutates_args=(), device_types="cpu")
+# %% ../nbs/api/03_feature_ops.ipynb #d77f1d85
+@torch.library.custom_op("kdlab::features", mutates_args=(), device_types=("cpu", "cuda"))
 def features_op(student:Tensor, teacher:Tensor, mask:Tensor|None, loss:str, reduction:str,
                 need_grad:bool)->tuple[Tensor, Tensor]:
     "Loss and gradient as one operator; the gradient is empty if nobody needs it."
@@ -121,8 +122,8 @@ def _(student, teacher, mask, loss, reduction, need_grad):
     out = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=ops._loss_dtype(student, teacher))
     return out, student.new_empty(student.shape if need_grad else 0)
 
-# %% ../nbs/api/03_feature_ops.ipynb #c8b47e45
-@torch.library.custom_op("kdlab::features_backward", mutates_args=(), device_types="cpu")
+# %% ../nbs/api/03_feature_ops.ipynb #f34010b3
+@torch.library.custom_op("kdlab::features_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def features_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor, mask:Tensor|None, loss:str,
                          reduction:str)->Tensor:
     "The gradient alone, with the incoming one folded in before rounding: what float16 needs."
@@ -150,31 +151,35 @@ def _backward(ctx, grad_out, _):
 
 features_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../nbs/api/03_feature_ops.ipynb #7eb31eda
-def _why_not(student:Tensor, teacher:Tensor)->str|None:
-    "Why the compiled core cannot answer, or None."
-    if ops._C is None: return f"the compiled core is not built ({ops.core_missing})"
-    if student.device.type != "cpu": return f"the features are on {student.device}"
+# %% ../nbs/api/03_feature_ops.ipynb #2ab614fb
+def _why_not(student:Tensor, teacher:Tensor, cuda:bool)->str|None:
+    "Why no compiled kernel can answer, or None."
+    why = ops._no_kernels(student, cuda)
+    if why: return why.replace("logits", "features")
     for x in (student, teacher):
         if x.dtype not in ops._CODES: return f"it has no kernel for {x.dtype}"
     if teacher.requires_grad: return "the teacher needs a gradient (detach_teacher=False)"
     if ops._transforming(): return "a torch.func transform or a forward-mode derivative is active"
     return None
 
-def choose_features(backend:str, student:Tensor, teacher:Tensor, why:str|None=None)->str: # "cpp" or "torch"
-    "The backend that will answer; `why` is the caller's own reason against the compiled core."
+def choose_features(
+    backend:str, student:Tensor, teacher:Tensor,
+    why:str|None=None, # the caller's own reason against compiled kernels
+    has_cuda:bool=False, # has the loss a CUDA kernel?
+)->str: # "cpp", "cuda" or "torch"
+    "The backend that will answer."
     if backend == "torch": return "torch"
-    if backend == "cuda":
-        raise ValueError("backend='cuda': this build has no CUDA kernels; use backend='auto' (plain torch on the GPU)")
-    why = why or _why_not(student, teacher)
-    if why is None: return "cpp"
-    if backend == "cpp": raise ValueError(f"backend='cpp' cannot run here: {why}; use backend='auto' or 'torch'")
+    kernels = "cuda" if backend == "cuda" or (backend == "auto" and has_cuda and cuda_ops.on_gpu(student)) else "cpp"
+    if kernels == "cuda" and not has_cuda: why = why or "it has no CUDA kernel"
+    why = why or _why_not(student, teacher, kernels == "cuda")
+    if why is None: return kernels
+    if backend != "auto": raise ValueError(f"backend={backend!r} cannot run here: {why}; use backend='auto' or 'torch'")
     return "torch"
 
-# %% ../nbs/api/03_feature_ops.ipynb #0df99812
+# %% ../nbs/api/03_feature_ops.ipynb #ab9b1d58
 def features(student, teacher, mask, loss:str, reduction:str, backend:str="auto")->Tensor:
     "The reduced loss (or a value a sample, for reduction 'none') from the backend that suits."
-    if choose_features(backend, student, teacher) == "torch":
+    if choose_features(backend, student, teacher, has_cuda=True) == "torch":
         return torch_features(student, teacher, mask, loss, reduction)
     need_grad = torch.is_grad_enabled() and student.requires_grad
     if ops._as_operator():

@@ -6,13 +6,13 @@
 __all__ = ['BACKENDS', 'threads', 'Question', 'torch_rows', 'torch_loss', 'empty_cache', 'soft_kl_op', 'soft_kl_backward_op',
            'choose', 'answer', 'ordinary', 'row_terms']
 
-# %% ../nbs/api/02_ops.ipynb #4b007e1b
+# %% ../nbs/api/02_ops.ipynb #8e046094
 import math
 import os
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from . import reference
+from . import cuda_ops, reference
 
 # %% ../nbs/api/02_ops.ipynb #6d9db428
 try:
@@ -133,7 +133,7 @@ def _rows_of(x:Tensor)->tuple[Tensor, int]:
 def _address(x:Tensor|None)->int:
     return 0 if x is None else x.data_ptr()
 
-# %% ../nbs/api/02_ops.ipynb #0d78805d
+# %% ../nbs/api/02_ops.ipynb #3202deac
 class _Call:
     "One call of the kernel: inputs laid out once, used by forward and, if need be, again by backward."
     __slots__ = "student", "teacher", "target", "mask", "row_weight", "q", "rows", "cols", "strides", "dtype", "loss_dtype"
@@ -155,6 +155,7 @@ class _Call:
 
     def __call__(self, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->int:
         "Fill what is given; returns the first row with a label out of range, or -1."
+        if cuda_ops.on_gpu(self.student): return cuda_ops.rows(self, out, grad, grad_in, kl_rows, ce_rows)
         q, T = self.q, float(self.q.T)
         normalizer = math.nan if q.normalizer is None else float(q.normalizer)
         return _C.soft_kl(
@@ -173,7 +174,7 @@ class _Call:
 
     def empty_grad(self)->Tensor:
         shape = self.student.shape
-        if self.rows * self.cols * self.dtype.itemsize < _LARGE or len(shape) > 8:
+        if self.rows * self.cols * self.dtype.itemsize < _LARGE or len(shape) > 8 or cuda_ops.on_gpu(self.student):
             return torch.empty(shape, dtype=self.dtype, device=self.student.device)
         return torch.from_dlpack(_C.empty(shape, _CODES[self.dtype]))
 
@@ -203,7 +204,7 @@ def _as(grad:Tensor, like:Tensor)->Tensor:
     if grad.dtype == like.dtype and grad.stride() == like.stride(): return grad
     return torch.empty_like(like).copy_(grad)
 
-# %% ../nbs/api/02_ops.ipynb #776c1f7a
+# %% ../nbs/api/02_ops.ipynb #d520f112
 class _SoftKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, target, mask, row_weight, q):
@@ -228,15 +229,16 @@ class _SoftKL(torch.autograd.Function):
             call = _Call(*ctx.saved_tensors, Question(*ctx.q))
             grad = call.empty_grad()
             call(grad=grad, grad_in=grad_out.contiguous())
-        elif not _C.multiply(grad, grad_out, threads()): grad = _scale(grad, grad_out)
+        elif cuda_ops.on_gpu(grad) or not _C.multiply(grad, grad_out, threads()): grad = _scale(grad, grad_out)
         if ctx.like is not None: grad = _as(grad, ctx.like)
         return grad, None, None, None, None, None
 
-# %% ../nbs/api/02_ops.ipynb #fa30320d
+# %% ../nbs/api/02_ops.ipynb #859daf0c
 def _scale(grad:Tensor, factor:Tensor)->Tensor:
     "Multiply rows by their incoming gradient, in place; free when that is the number 1."
     cols = grad.shape[-1]
     factor = factor.contiguous()
+    if cuda_ops.on_gpu(grad): return cuda_ops.scale(grad, factor)
     _C.scale(grad.data_ptr(), _CODES[grad.dtype], grad.numel() // max(cols, 1), cols, factor.data_ptr(),
              _CODES[factor.dtype], factor.dim() > 0, threads())
     return grad
@@ -247,8 +249,8 @@ def _spoil_bad_labels(student:Tensor, target:Tensor, q:Question)->tuple[Tensor, 
     bad = (target != q.ignore_index) & ((target < 0) | (target >= student.shape[-1]))
     return student.masked_fill(bad.unsqueeze(-1), torch.nan), target.masked_fill(bad, 0)
 
-# %% ../nbs/api/02_ops.ipynb #ee47aaeb
-@torch.library.custom_op("kdlab::soft_kl", mutates_args=(), device_types="cpu")
+# %% ../nbs/api/02_ops.ipynb #7a9878df
+@torch.library.custom_op("kdlab::soft_kl", mutates_args=(), device_types=("cpu", "cuda"))
 def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None, row_weight:Tensor|None,
                T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None, t_squared:bool, ignore_index:int,
                reduction:str, use_ce:bool, use_kl:bool, need_grad:bool, kind:str="forward_kl", mix:float=0.
@@ -269,8 +271,8 @@ def _(student, teacher, target, mask, row_weight, T, kl_weight, ce_weight, norma
     out = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(student, teacher))
     return out, student.new_empty(student.shape if need_grad else 0)
 
-# %% ../nbs/api/02_ops.ipynb #0dfc6597
-@torch.library.custom_op("kdlab::soft_kl_backward", mutates_args=(), device_types="cpu")
+# %% ../nbs/api/02_ops.ipynb #380ea385
+@torch.library.custom_op("kdlab::soft_kl_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def soft_kl_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None,
                         row_weight:Tensor|None, T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None,
                         t_squared:bool, ignore_index:int, reduction:str, use_ce:bool, use_kl:bool,
@@ -320,15 +322,21 @@ def _as_operator()->bool:
     "Must the call be visible as an operator (compile, export, fake tensors, dispatch modes)?"
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
-# %% ../nbs/api/02_ops.ipynb #a10e0c5d
+# %% ../nbs/api/02_ops.ipynb #65a9cd70
 BACKENDS = "auto", "torch", "cpp", "cuda"
 
-def _needs_reference(student, teacher, row_weight, q)->str|None:
-    "Why the compiled core cannot answer, or None."
+def _no_kernels(x:Tensor, cuda:bool)->str|None:
+    "Why the compiled core, or its CUDA kernels, cannot take this tensor, or None."
+    if cuda: return cuda_ops.why_not(x)
     if _C is None: return f"the compiled core is not built ({core_missing})"
-    if student.device.type != "cpu": return f"the logits are on {student.device}"
+    return None if x.device.type == "cpu" else f"the logits are on {x.device}"
+
+def _needs_reference(student, teacher, row_weight, q, cuda:bool=False)->str|None:
+    "Why no compiled kernel can answer, or None."
+    why = _no_kernels(student, cuda)
+    if why: return why
     if student.dtype not in _CODES: return f"it has no kernel for {student.dtype}"
-    if q.kind not in _KERNELS: return f"it has no kernel for {q.kind}"
+    if q.kind not in (cuda_ops.KERNELS if cuda else _KERNELS): return f"it has no kernel for {q.kind}"
     if teacher is not None and (teacher.requires_grad or teacher.dtype not in _CODES):
         return "the teacher needs a gradient (detach_teacher=False)"
     if isinstance(q.T, Tensor) and q.T.requires_grad: return "the temperature is learnable"
@@ -336,15 +344,14 @@ def _needs_reference(student, teacher, row_weight, q)->str|None:
     if _transforming(): return "a torch.func transform or a forward-mode derivative is active"
     return None
 
-# %% ../nbs/api/02_ops.ipynb #f9614dc4
-def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp" or "torch"
+# %% ../nbs/api/02_ops.ipynb #e989bb10
+def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp", "cuda" or "torch"
     "The backend that will answer."
     if backend == "torch": return "torch"
-    if backend == "cuda":
-        raise ValueError("backend='cuda': this build has no CUDA kernels; use backend='auto' (plain torch on the GPU)")
-    why = _needs_reference(student, teacher, row_weight, q)
-    if why is None: return "cpp"
-    if backend == "cpp": raise ValueError(f"backend='cpp' cannot run here: {why}; use backend='auto' or 'torch'")
+    kernels = "cuda" if backend == "cuda" or (backend == "auto" and cuda_ops.on_gpu(student)) else "cpp"
+    why = _needs_reference(student, teacher, row_weight, q, kernels == "cuda")
+    if why is None: return kernels
+    if backend != "auto": raise ValueError(f"backend={backend!r} cannot run here: {why}; use backend='auto' or 'torch'")
     return "torch"
 
 # %% ../nbs/api/02_ops.ipynb #9d31b17d
