@@ -21,7 +21,10 @@ _HOMES = {
     "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
-    "kdlab.distilling": "distill Run load frozen predict",
+    "kdlab.distilling": "distill Run load predict",
+    "kdlab.calling": "frozen",
+    "kdlab.taps": "Taps layers pair",
+    "kdlab.adapters": "Projector build",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",
@@ -31,7 +34,7 @@ _HOMES = {
 }
 
 # %% ../nbs/api/00_kdlab.ipynb #691c5f9b
-_MODULES = "distilling experiments functional losses nets ops placebos reference tasks".split()
+_MODULES = "adapters calling distilling experiments functional losses nets ops placebos reference taps tasks".split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

@@ -5,30 +5,40 @@
 # %% auto #0
 __all__ = ['FeatureLoss', 'Hint', 'AttentionTransfer', 'Cosine', 'ChannelKL']
 
-# %% ../../nbs/api/losses/03_features.ipynb #647a5025
+# %% ../../nbs/api/losses/03_features.ipynb #19c9076e
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ..functional import features
 from ..functional.contract import check_backend, check_reduction, check_temperature
 from .objective import Loss, Number, Part, live
 
-# %% ../../nbs/api/losses/03_features.ipynb #4b4c30e1
+# %% ../../nbs/api/losses/03_features.ipynb #acf980a3
 class FeatureLoss(Loss):
     "A loss on a pair of features: a function and its options."
-    role = "feature"
+    role, compares = "feature", "features"
 
-    def __init__(self, reduction:str, detach_teacher:bool, backend:str):
+    def __init__(self, reduction:str, detach_teacher:bool, backend:str, project=None, project_teacher=None):
         super().__init__()
         check_reduction(reduction, None)
         check_backend(backend)
         self.reduction, self.detach_teacher, self.backend = reduction, detach_teacher, backend
+        if not (project is None or project == "auto" or isinstance(project, nn.Module)):
+            raise TypeError(f"project must be a module, 'auto' or None, got {project!r}")
+        if not (project_teacher is None or isinstance(project_teacher, nn.Module)):
+            raise TypeError(f"project_teacher must be a module or None, got {project_teacher!r}")
+        self.project, self.project_teacher = project, project_teacher
 
     def options(self)->dict:
         "The options that the function takes, without the reduction."
         return {"detach_teacher": self.detach_teacher, "backend": self.backend}
 
+    def compare(self, student, teacher, target, **options)->Tensor:
+        "The function, after the projectors."
+        student, teacher, own = _projected(self, student, teacher)
+        return self.function(student, teacher, target, **(self.options() | own), **options)
+
     def forward(self, student, teacher, target=None, *, mask=None):
-        return self.function(student, teacher, target, mask=mask, reduction=self.reduction, **self.options())
+        return self.compare(student, teacher, target, mask=mask, reduction=self.reduction)
 
     def nothing(self, student)->Tensor:
         "0 with a live graph, in the shape of the loss: what it is worth at weight 0."
@@ -38,11 +48,39 @@ class FeatureLoss(Loss):
 
     def parts(self, student, teacher, target=None, *, mask=None)->dict[str, Part]:
         "The unweighted value of every sample, detached."
-        with torch.no_grad():
-            rows = self.function(student, teacher, target, mask=mask, reduction="none", **self.options())
+        with torch.no_grad(): rows = self.compare(student, teacher, target, mask=mask, reduction="none")
         return {self.term: Part(1., rows)}
 
-# %% ../../nbs/api/losses/03_features.ipynb #c4cc1166
+    def pending(self)->bool:
+        "Does it wait for shapes?"
+        return isinstance(self.project, str)
+
+    def made_for(self, student, teacher, projector)->"FeatureLoss":
+        "A copy for features like these; `projector(student, teacher)` makes a module from their shapes."
+        new = self._at(self.bound)
+        new.project = projector(student, teacher)
+        return new
+
+    def notes(self):
+        sides = (("s", self.project), ("t", self.project_teacher))
+        return super().notes() + [f"{side} projected" for side, module in sides if module is not None]
+
+    def __repr__(self):
+        text = super().__repr__()
+        return text.replace("(", "(project='auto'" + ("" if "()" in text else ", "), 1) if self.pending() else text
+
+# %% ../../nbs/api/losses/03_features.ipynb #fc3c0d68
+def _projected(loss:FeatureLoss, student, teacher)->tuple:
+    "The features after the projectors, and the options that this changes."
+    if loss.pending():
+        raise RuntimeError(f"{loss!r} has no projector yet. kd.distill makes it; in your own loop, before the optimizer: "
+                           f"objective = kd.build(objective, student, teacher, x), or project=kd.Projector(fs.shape, ft.shape)")
+    if loss.project is not None: student = loss.project(student)
+    if loss.project_teacher is None: return student, teacher, {}
+    teacher = loss.project_teacher(teacher.detach() if loss.detach_teacher else teacher)
+    return student, teacher, {"detach_teacher": False}
+
+# %% ../../nbs/api/losses/03_features.ipynb #91cd2244
 class Hint(FeatureLoss):
     "Mean square between features; see `kdlab.functional.hint`. Called as `(student, teacher, target=None, *, mask)`."
     term, function = "hint", staticmethod(features.hint)
@@ -50,11 +88,13 @@ class Hint(FeatureLoss):
     def __init__(self,
         *,
         normalize:bool=False, # divide each sample by its length first
+        project:nn.Module|str|None=None, # maps the student's features to the teacher's shape; "auto" makes it from the shapes
+        project_teacher:nn.Module|None=None, # the same for the teacher's; trains, while the teacher does not
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch, cpp or cuda
     ):
-        super().__init__(reduction, detach_teacher, backend)
+        super().__init__(reduction, detach_teacher, backend, project, project_teacher)
         self.normalize = normalize
 
     def options(self): return super().options() | {"normalize": self.normalize}
@@ -83,24 +123,26 @@ class AttentionTransfer(FeatureLoss):
         "The loss as it is written on paper."
         return "mean (u_s/|u_s| - u_t/|u_t|)², u = mean over channels of x²"
 
-# %% ../../nbs/api/losses/03_features.ipynb #fadff786
+# %% ../../nbs/api/losses/03_features.ipynb #7e8a455a
 class Cosine(FeatureLoss):
     "1 - cosine between hidden states; see `kdlab.functional.cosine`. Called as `(student, teacher, target=None, *, mask)`."
     term, function = "cosine", staticmethod(features.cosine)
 
     def __init__(self,
         *,
+        project:nn.Module|str|None=None, # maps the student's features to the teacher's shape; "auto" makes it from the shapes
+        project_teacher:nn.Module|None=None, # the same for the teacher's; trains, while the teacher does not
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch, cpp or cuda
     ):
-        super().__init__(reduction, detach_teacher, backend)
+        super().__init__(reduction, detach_teacher, backend, project, project_teacher)
 
     def equation(self)->str:
         "The loss as it is written on paper."
         return "mean (1 - cos(s, t))"
 
-# %% ../../nbs/api/losses/03_features.ipynb #e761eb04
+# %% ../../nbs/api/losses/03_features.ipynb #a24c4147
 class ChannelKL(FeatureLoss):
     """T² * KL(teacher || student) of each channel over space; see `kdlab.functional.channel_kl`.
 
@@ -112,19 +154,21 @@ class ChannelKL(FeatureLoss):
         T:float=4.0, # temperature, > 0
         *,
         t_squared:bool=True, # multiply by T²
+        project:nn.Module|str|None=None, # maps the student's features to the teacher's shape; "auto" makes it from the shapes
+        project_teacher:nn.Module|None=None, # the same for the teacher's; trains, while the teacher does not
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch, cpp or cuda
     ):
-        super().__init__(reduction, detach_teacher, backend)
+        super().__init__(reduction, detach_teacher, backend, project, project_teacher)
         check_temperature(T)
         self.T, self.t_squared = T, t_squared
 
     def options(self): return super().options() | {"T": live(self, "T"), "t_squared": self.t_squared}
 
     def forward(self, student, teacher, target=None, *, mask=None, row_weight=None, normalizer=None):
-        return self.function(student, teacher, target, mask=mask, row_weight=row_weight, normalizer=normalizer,
-                             reduction=self.reduction, **self.options())
+        return self.compare(student, teacher, target, mask=mask, row_weight=row_weight, normalizer=normalizer,
+                            reduction=self.reduction)
 
     def extra_repr(self): return f"T={self.T:g}" + ("" if self.t_squared else ", t_squared=False")
 

@@ -93,12 +93,13 @@ class CKA(RelationLoss):
         "The loss as it is written on paper."
         return "1 - CKA"
 
-# %% ../../nbs/api/losses/04_relations.ipynb #985b8b1b
+# %% ../../nbs/api/losses/04_relations.ipynb #fc639fd2
 class DIST(RelationLoss):
     """1 - Pearson correlation over rows plus over classes, times T²; see `kdlab.functional.dist`.
 
     Called as `(student, teacher, target=None, *, labels, mask)`."""
     term, function = "dist", staticmethod(relations.dist)
+    compares = "logits"
     T = Number()
 
     def __init__(self,
