@@ -96,9 +96,10 @@ def named_tensors(
     else: return {}
     return {f"[{key}]{inner}": x for key, value in items for inner, x in named_tensors(value).items()}
 
-# %% ../nbs/api/03_calling.ipynb #b6d3e4e8
+# %% ../nbs/api/03_calling.ipynb #343b377e
 def logits_of(
     output, # what a model returned
+    name:str="the model", # what to call the model in an error
 )->Tensor:
     "The logits in a model's output; where they are not plain, an error says how to pick them."
     found = getattr(output, "logits", None) if not isinstance(output, Mapping) else output.get("logits")
@@ -106,10 +107,10 @@ def logits_of(
     tensors = named_tensors(output)
     if len(tensors) == 1: return next(iter(tensors.values()))
     have = ", ".join(f"output{k} {tuple(x.shape)}" for k, x in tensors.items()) or "no tensor"
-    raise TypeError(f"the model returned {type(output).__name__} with {have}: say which are the logits, e.g. "
+    raise TypeError(f"{name} returned a {type(output).__name__} with {have}: say which are the logits, e.g. "
                     f"forward=lambda model, x: model(x)[0]")
 
-# %% ../nbs/api/03_calling.ipynb #9d2230a5
+# %% ../nbs/api/03_calling.ipynb #9f9aa2b4
 def call(
     model:nn.Module, # any module
     x, # inputs: tensor, tuple, list or dict
@@ -126,4 +127,4 @@ def ask(
     forward:Callable|None=None, # forward(model, x) -> logits, for models whose logits are not plain
 )->Tensor: # logits
     "A model's logits on the inputs of a batch."
-    return logits_of(call(model, x, forward))
+    return logits_of(call(model, x, forward), type(model).__name__)

@@ -94,7 +94,7 @@ def resolve(
     picks = tuple(int(k) if re.fullmatch(r"-?\d+", k) else k for k in keys)
     return {path + layer[len(parts["path"]):]: _Tap(*at, run, picks) for path, at in found.items()}
 
-# %% ../nbs/api/03_taps.ipynb #09a8afcb
+# %% ../nbs/api/03_taps.ipynb #c7093bb1
 class _Hook:
     "A hook that is left out when its module is copied or pickled."
     def __init__(self, call=None): self.call = call
@@ -103,10 +103,6 @@ class _Hook:
     def __call__(self, *args):
         if self.call is not None: self.call(*args)
 
-def _in_backward()->bool:
-    "Is a checkpoint running its layers again?"
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
 def _is_compiled(model:nn.Module)->bool:
     return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
@@ -114,13 +110,15 @@ def eagerly(model:nn.Module):
     "A context in which a compiled model runs uncompiled, for one look at its inside."
     return torch.compiler.set_stance("force_eager") if _is_compiled(model) else contextlib.nullcontext()
 
-# %% ../nbs/api/03_taps.ipynb #d72442ae
-def _item(value, picks, name:str):
-    "An item inside what a layer returned."
+# %% ../nbs/api/03_taps.ipynb #9541a540
+def _picked(value, picks, name:str):
+    "An item inside what a layer returned: keys and functions, one after the other."
     for key in picks:
-        try: value = value[key] if isinstance(key, int) or isinstance(value, Mapping) else getattr(value, key)
-        except (LookupError, AttributeError, TypeError):
-            raise ValueError(f"{name!r}: there is no {key!r} in the {type(value).__name__} of that layer") from None
+        try:
+            if callable(key): value = key(value)
+            else: value = value[key] if isinstance(key, int) or isinstance(value, Mapping) else getattr(value, key)
+        except (LookupError, AttributeError, TypeError) as e:
+            raise ValueError(f"{name!r}: {key!r} picks nothing out of the {type(value).__name__} of that layer: {e}") from None
     return value
 
 def _only_tensor(value, name:str)->Tensor:
@@ -130,12 +128,12 @@ def _only_tensor(value, name:str)->Tensor:
     have = ", ".join(f"{name}{k} {tuple(x.shape)}" for k, x in tensors.items()) or "no tensor"
     raise TypeError(f"layer {name!r} returned a {type(value).__name__} with {have}: name one of them, or pass pick=")
 
-# %% ../nbs/api/03_taps.ipynb #b0f84247
+# %% ../nbs/api/03_taps.ipynb #9bb2e750
 class _Recorder(Mapping):
     "What taps do while the model runs: hooks that keep tensors."
     def __init__(self, model, taps, pick, copy):
-        self.model, self.pick, self.copy, self._taps = model, pick, copy, taps
-        self.closed, self._hooks = False, []
+        self.model, self.copy, self._taps, self.pick = model, copy, taps, () if pick is None else (pick,)
+        self.recording, self.closed, self._hooks = True, False, []
         self.clear()
         if _is_compiled(model): torch.compiler.reset() # code compiled earlier would run without the hooks
         self._hooks += [model.register_forward_pre_hook(_Hook(self._begin), prepend=True), *self._hang(),
@@ -148,33 +146,32 @@ class _Recorder(Mapping):
             register = module.register_forward_pre_hook if of_input else module.register_forward_hook
             yield register(_Hook(partial(self._keep, names, of_input)), with_kwargs=True)
 
+    def _listens(self)->bool:
+        "Not while recording is off, nor while a checkpoint runs its layers again in backward."
+        return self.recording and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+
     def _begin(self, model, args)->None:
-        if _in_backward(): return
-        if self._unread:
+        if not self._listens(): return
+        if self._unread and not self._inside: # inside: the last forward raised
             raise RuntimeError(f"the {type(model).__name__} runs again, and nothing of its last forward was read from the taps. "
                                f"Read first, or say taps.clear() if that run does not matter")
         self.clear()
         self._inside, self._grad = True, torch.is_grad_enabled()
 
     def _keep(self, names, of_input, module, args, kwargs, output=None)->None:
-        if _in_backward(): return
+        if not self._listens(): return
         value = output
         if of_input: value = args[0] if args else next(iter(kwargs.values()), None)
         for name in names:
             self._counts[name] = run = self._counts.get(name, 0) + 1
             if self._taps[name].run not in (None, run): continue
-            x = self._tensor(value, name)
+            x = _only_tensor(_picked(value, (*self._taps[name].picks, *self.pick), name), name)
+            if self.copy: x = x.clone()
             self._runs.setdefault(name, []).append((x, _version(x), self._grad and not torch.is_grad_enabled()))
             self._unread = True
 
-    def _tensor(self, value, name)->Tensor:
-        value = _item(value, self._taps[name].picks, name)
-        if callable(self.pick): value = self.pick(value)
-        elif self.pick is not None: value = _item(value, [self.pick], name)
-        x = _only_tensor(value, name)
-        return x.clone() if self.copy else x
-
     def _end(self, model, args, output)->None:
+        if not self._listens(): return
         self._inside = False
         if not any(x.requires_grad for x in named_tensors(output).values()): self._grad = False
 

@@ -12,10 +12,10 @@ from ..functional import features
 from ..functional.contract import check_backend, check_reduction, check_temperature
 from .objective import Loss, Number, Part, live
 
-# %% ../../nbs/api/losses/03_features.ipynb #acf980a3
+# %% ../../nbs/api/losses/03_features.ipynb #8bd2d018
 class FeatureLoss(Loss):
     "A loss on a pair of features: a function and its options."
-    role, compares = "feature", "features"
+    role, compares, masks_tokens = "feature", "features", False
 
     def __init__(self, reduction:str, detach_teacher:bool, backend:str, project=None, project_teacher=None):
         super().__init__()
@@ -80,10 +80,10 @@ def _projected(loss:FeatureLoss, student, teacher)->tuple:
     teacher = loss.project_teacher(teacher.detach() if loss.detach_teacher else teacher)
     return student, teacher, {"detach_teacher": False}
 
-# %% ../../nbs/api/losses/03_features.ipynb #91cd2244
+# %% ../../nbs/api/losses/03_features.ipynb #dba5e4af
 class Hint(FeatureLoss):
     "Mean square between features; see `kdlab.functional.hint`. Called as `(student, teacher, target=None, *, mask)`."
-    term, function = "hint", staticmethod(features.hint)
+    term, function, masks_tokens = "hint", staticmethod(features.hint), True
 
     def __init__(self,
         *,
@@ -104,12 +104,12 @@ class Hint(FeatureLoss):
         "The loss as it is written on paper."
         return "mean (s/|s| - t/|t|)²" if self.normalize else "mean (s - t)²"
 
-# %% ../../nbs/api/losses/03_features.ipynb #f31d399f
+# %% ../../nbs/api/losses/03_features.ipynb #e79604a6
 class AttentionTransfer(FeatureLoss):
     """Mean square between attention maps; see `kdlab.functional.attention_transfer`.
 
     Called as `(student, teacher, target=None, *, mask)`. A usual weight is 1000."""
-    term, function = "attention_transfer", staticmethod(features.attention_transfer)
+    term, function, masks_tokens = "attention_transfer", staticmethod(features.attention_transfer), True
 
     def __init__(self,
         *,
@@ -123,10 +123,10 @@ class AttentionTransfer(FeatureLoss):
         "The loss as it is written on paper."
         return "mean (u_s/|u_s| - u_t/|u_t|)², u = mean over channels of x²"
 
-# %% ../../nbs/api/losses/03_features.ipynb #7e8a455a
+# %% ../../nbs/api/losses/03_features.ipynb #763c19e1
 class Cosine(FeatureLoss):
     "1 - cosine between hidden states; see `kdlab.functional.cosine`. Called as `(student, teacher, target=None, *, mask)`."
-    term, function = "cosine", staticmethod(features.cosine)
+    term, function, masks_tokens = "cosine", staticmethod(features.cosine), True
 
     def __init__(self,
         *,
@@ -142,12 +142,12 @@ class Cosine(FeatureLoss):
         "The loss as it is written on paper."
         return "mean (1 - cos(s, t))"
 
-# %% ../../nbs/api/losses/03_features.ipynb #a24c4147
+# %% ../../nbs/api/losses/03_features.ipynb #39ca005e
 class ChannelKL(FeatureLoss):
     """T² * KL(teacher || student) of each channel over space; see `kdlab.functional.channel_kl`.
 
     Called as `(student, teacher, target=None, *, mask, row_weight, normalizer)`."""
-    term, function = "channel_kl", staticmethod(features.channel_kl)
+    term, function, masks_tokens = "channel_kl", staticmethod(features.channel_kl), True
     T = Number()
 
     def __init__(self,

@@ -66,11 +66,12 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
         raise ValueError(f"on() pairs layers in order, got {len(ours)} of the student, {ours}, and {len(theirs)} of the teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #36d7bca8
+# %% ../../nbs/api/losses/01_objective.ipynb #1d801ae8
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
     compares = "logits" # or features: what it gets from `kd.distill` while it is bound to nothing; features must be bound
+    masks_tokens = True # does it take a mask (B, N) for tensors (B, N, D)?
     several = False # does it take tuples of outputs? A list of names is then one input, not several pairs
 
     def on(self,
