@@ -213,15 +213,15 @@ def _as_objective(losses, teacher)->Objective:
     if not terms: raise ValueError("losses= is empty; leave it out for 0.1·CrossEntropy + 0.9·SoftKL(T=4)")
     return 1.0 * sum(terms)
 
-# %% ../nbs/api/04_distilling.ipynb #7d5fd11a
+# %% ../nbs/api/04_distilling.ipynb #dc55a7a7
 def _complete(objective:Objective, student, teacher, train, forward, seed:int)->Objective:
     "The objective with all projectors made, from random numbers of the run's seed."
     if not any(loss.role == "feature" and loss.pending() for _, loss in objective.terms()): return build(objective, student, teacher)
-    if iter(train) is train:
-        raise ValueError("train can be read only once, and a loss with project='auto' needs a batch before the first step: pass "
-                         "losses=kd.build(objective, student, teacher, x)")
     with _own_chance():
         _seed_epoch(seed, -1, train)
+        if iter(train) is train:
+            raise ValueError("train can be read only once, and a loss with project='auto' needs a batch before the first step: "
+                             "pass losses=kd.build(objective, student, teacher, x)")
         x = next((split(batch)[0] for batch in train), None)
         if x is None: raise ValueError("train has no batches: the data set is empty, or drop_last dropped all of it")
         return build(objective, student, teacher, move(x, device_of(student)), forward=forward)

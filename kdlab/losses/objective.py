@@ -53,13 +53,13 @@ def _names(side:str, layers)->list[str]:
     if not names: raise ValueError(f"on() got no layer for the {side}")
     return list(names)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #2413a83f
+# %% ../../nbs/api/losses/01_objective.ipynb #ad2dc1cb
 def _bindings(loss, layers, student, teacher)->list[Binding]:
     "The pairs that the arguments of `on` mean for a single loss."
     if (layers is None) == (student is None and teacher is None):
         raise TypeError("on() takes one name for both models, or student= and teacher=")
     ours = _names("student", student if layers is None else layers)
-    if loss.role == "hard" and (layers is not None or teacher is None): return [Binding(name, None) for name in ours]
+    if loss.role == "hard": return [Binding(name, None) for name in ours]
     theirs = _names("teacher", teacher if layers is None else layers)
     if loss.several: return [Binding(tuple(ours), tuple(theirs))]
     if len(ours) != len(theirs):

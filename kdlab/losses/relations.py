@@ -53,7 +53,7 @@ class RKDAngle(RelationLoss):
         "The loss as it is written on paper."
         return "mean smoothL1(cos_s - cos_t) over all triangles"
 
-# %% ../../nbs/api/losses/04_relations.ipynb #e363fc45
+# %% ../../nbs/api/losses/04_relations.ipynb #7dcb2d3c
 class RKD(RelationLoss):
     "25 · distances + 50 · angles; see `kdlab.functional.rkd`."
     term, function = "rkd", staticmethod(relations.rkd)
@@ -74,7 +74,7 @@ class RKD(RelationLoss):
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        return f"{self.distance:g}·RKD distance + {self.angle:g}·RKD angle"
+        return f"({self.distance:g}·RKD distance + {self.angle:g}·RKD angle)"
 
 # %% ../../nbs/api/losses/04_relations.ipynb #9f3ddbdc
 class PKT(RelationLoss):
