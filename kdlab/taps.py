@@ -128,7 +128,15 @@ def _only_tensor(value, name:str)->Tensor:
     have = ", ".join(f"{name}{k} {tuple(x.shape)}" for k, x in tensors.items()) or "no tensor"
     raise TypeError(f"layer {name!r} returned a {type(value).__name__} with {have}: name one of them, or pass pick=")
 
-# %% ../nbs/api/03_taps.ipynb #9bb2e750
+# %% ../nbs/api/03_taps.ipynb #e8dcc2ae
+def _hang(taps:dict[str, _Tap], keep:Callable)->Iterable:
+    "One hook on the output or the input of each module that is tapped; it calls `keep`."
+    for module, of_input in dict.fromkeys((t.module, t.of_input) for t in taps.values()):
+        names = [n for n, t in taps.items() if t.module is module and t.of_input == of_input]
+        register = module.register_forward_pre_hook if of_input else module.register_forward_hook
+        yield register(_Hook(partial(keep, names, of_input)), with_kwargs=True)
+
+# %% ../nbs/api/03_taps.ipynb #f65567e2
 class _Recorder(Mapping):
     "What taps do while the model runs: hooks that keep tensors."
     def __init__(self, model, taps, pick, copy):
@@ -136,15 +144,8 @@ class _Recorder(Mapping):
         self.recording, self.closed, self._hooks = True, False, []
         self.clear()
         if _is_compiled(model): torch.compiler.reset() # code compiled earlier would run without the hooks
-        self._hooks += [model.register_forward_pre_hook(_Hook(self._begin), prepend=True), *self._hang(),
+        self._hooks += [model.register_forward_pre_hook(_Hook(self._begin), prepend=True), *_hang(taps, self._keep),
                         model.register_forward_hook(_Hook(self._end))]
-
-    def _hang(self)->Iterable:
-        "One hook on the output or the input of each module."
-        for module, of_input in dict.fromkeys((t.module, t.of_input) for t in self._taps.values()):
-            names = [n for n, t in self._taps.items() if t.module is module and t.of_input == of_input]
-            register = module.register_forward_pre_hook if of_input else module.register_forward_hook
-            yield register(_Hook(partial(self._keep, names, of_input)), with_kwargs=True)
 
     def _listens(self)->bool:
         "Not while recording is off, nor while a checkpoint runs its layers again in backward."

@@ -12,21 +12,54 @@ from ..functional import features
 from ..functional.contract import check_backend, check_reduction, check_temperature
 from .objective import Loss, Number, Part, live
 
-# %% ../../nbs/api/losses/03_features.ipynb #8bd2d018
-class FeatureLoss(Loss):
-    "A loss on a pair of features: a function and its options."
-    role, compares, masks_tokens = "feature", "features", False
-
-    def __init__(self, reduction:str, detach_teacher:bool, backend:str, project=None, project_teacher=None):
+# %% ../../nbs/api/losses/03_features.ipynb #5de83918
+class _Projecting(Loss):
+    "A loss with modules that bring features to a common shape."
+    def __init__(self, project, project_teacher):
         super().__init__()
-        check_reduction(reduction, None)
-        check_backend(backend)
-        self.reduction, self.detach_teacher, self.backend = reduction, detach_teacher, backend
         if not (project is None or project == "auto" or isinstance(project, nn.Module)):
             raise TypeError(f"project must be a module, 'auto' or None, got {project!r}")
         if not (project_teacher is None or isinstance(project_teacher, nn.Module)):
             raise TypeError(f"project_teacher must be a module or None, got {project_teacher!r}")
         self.project, self.project_teacher = project, project_teacher
+
+    def pending(self)->bool:
+        "Does it wait for shapes?"
+        return isinstance(self.project, str)
+
+    def made_for(self, student, teacher, projector)->Loss:
+        "A copy for features like these; `projector(student, teacher)` makes a module from their shapes."
+        new = self._at(self.bound)
+        new.project = projector(student, teacher)
+        return new
+
+    def notes(self):
+        sides = (("s", self.project), ("t", self.project_teacher))
+        return super().notes() + [f"{side} projected" for side, module in sides if module is not None]
+
+    def inside(self): return super().inside() + (["project='auto'"] if self.pending() else [])
+
+# %% ../../nbs/api/losses/03_features.ipynb #e518fb28
+def _projected(loss:_Projecting, student, teacher)->tuple:
+    "The features after the projectors, and the options that this changes."
+    if loss.pending():
+        raise RuntimeError(f"{loss!r} has no projector yet. kd.distill makes it; in your own loop, before the optimizer: "
+                           f"objective = kd.build(objective, student, teacher, x), or project=kd.Projector(fs.shape, ft.shape)")
+    if loss.project is not None: student = loss.project(student)
+    if loss.project_teacher is None: return student, teacher, {}
+    teacher = loss.project_teacher(teacher.detach() if loss.detach_teacher else teacher)
+    return student, teacher, {"detach_teacher": False}
+
+# %% ../../nbs/api/losses/03_features.ipynb #b27716d6
+class FeatureLoss(_Projecting):
+    "A loss on a pair of features: a function and its options."
+    role, compares, masks_tokens = "feature", "features", False
+
+    def __init__(self, reduction:str, detach_teacher:bool, backend:str, project=None, project_teacher=None):
+        super().__init__(project, project_teacher)
+        check_reduction(reduction, None)
+        check_backend(backend)
+        self.reduction, self.detach_teacher, self.backend = reduction, detach_teacher, backend
 
     def options(self)->dict:
         "The options that the function takes, without the reduction."
@@ -50,35 +83,6 @@ class FeatureLoss(Loss):
         "The unweighted value of every sample, detached."
         with torch.no_grad(): rows = self.compare(student, teacher, target, mask=mask, reduction="none")
         return {self.term: Part(1., rows)}
-
-    def pending(self)->bool:
-        "Does it wait for shapes?"
-        return isinstance(self.project, str)
-
-    def made_for(self, student, teacher, projector)->"FeatureLoss":
-        "A copy for features like these; `projector(student, teacher)` makes a module from their shapes."
-        new = self._at(self.bound)
-        new.project = projector(student, teacher)
-        return new
-
-    def notes(self):
-        sides = (("s", self.project), ("t", self.project_teacher))
-        return super().notes() + [f"{side} projected" for side, module in sides if module is not None]
-
-    def __repr__(self):
-        text = super().__repr__()
-        return text.replace("(", "(project='auto'" + ("" if "()" in text else ", "), 1) if self.pending() else text
-
-# %% ../../nbs/api/losses/03_features.ipynb #fc3c0d68
-def _projected(loss:FeatureLoss, student, teacher)->tuple:
-    "The features after the projectors, and the options that this changes."
-    if loss.pending():
-        raise RuntimeError(f"{loss!r} has no projector yet. kd.distill makes it; in your own loop, before the optimizer: "
-                           f"objective = kd.build(objective, student, teacher, x), or project=kd.Projector(fs.shape, ft.shape)")
-    if loss.project is not None: student = loss.project(student)
-    if loss.project_teacher is None: return student, teacher, {}
-    teacher = loss.project_teacher(teacher.detach() if loss.detach_teacher else teacher)
-    return student, teacher, {"detach_teacher": False}
 
 # %% ../../nbs/api/losses/03_features.ipynb #dba5e4af
 class Hint(FeatureLoss):

@@ -66,7 +66,7 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
         raise ValueError(f"on() pairs layers in order, got {len(ours)} of the student, {ours}, and {len(theirs)} of the teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #1d801ae8
+# %% ../../nbs/api/losses/01_objective.ipynb #563e78d0
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
@@ -101,9 +101,11 @@ class _Bindable(nn.Module):
         student, teacher = self.bound
         return [str(student)] if teacher in (None, student) else [f"student {student}", f"teacher {teacher}"]
 
-    def __repr__(self):
-        inside = [self.extra_repr(), *(f"{name}={module!r}" for name, module in self.named_children())]
-        return f"{type(self).__name__}({', '.join(filter(None, inside))})" + ("" if self.bound is None else f".{self.bound}")
+    def inside(self)->list[str]:
+        "What stands between the brackets of its `repr`."
+        return [text for text in (self.extra_repr(), *(f"{name}={module!r}" for name, module in self.named_children())) if text]
+
+    def __repr__(self): return f"{type(self).__name__}({', '.join(self.inside())})" + ("" if self.bound is None else f".{self.bound}")
 
 # %% ../../nbs/api/losses/01_objective.ipynb #71bf9099
 class Part(NamedTuple):
