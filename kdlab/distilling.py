@@ -331,7 +331,7 @@ def _not_finite(value, epoch, step, ours, theirs, worth)->str:
     return (f"the loss became {value} in epoch {epoch + 1}, step {step + 1}: {cause}. The weights are those before this "
             f"step. Try a smaller lr, and check the inputs for NaN")
 
-# %% ../nbs/api/04_distilling.ipynb #188d5ba1
+# %% ../nbs/api/04_distilling.ipynb #91ae36ac
 def distill(
     student:nn.Module, # trained in place; left in eval mode
     teacher:nn.Module|None, # asked, never changed; None trains the student alone
@@ -353,6 +353,7 @@ def distill(
 )->Run:
     """Train a student to match a frozen teacher (Hinton et al. 2015, arXiv:1503.02531).
 
+    Losses on features are bound to layers, `kd.Hint(project="auto").on(student="layer2", teacher="layer3")`; see `kdlab.taps`.
     The same seed, data and start give the same weights. Ctrl-C returns the run as it is. A teacher that changed, a
     loss that is no number, an empty loader or a folder with another run raise an error that says what to do."""
     if not isinstance(epochs, int) or epochs < 1: raise ValueError(f"epochs must be a whole number >= 1, got {epochs!r}")

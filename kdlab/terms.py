@@ -79,28 +79,28 @@ def named_terms(objective:Objective)->list[Term]:
     free = [n if names.index(n) == i else f"{n}#{names[:i + 1].count(n)}" for i, n in enumerate(names)]
     return [Term(name, *term) for name, term in zip(free, objective.terms())]
 
-# %% ../nbs/api/04_terms.ipynb #3a8abde4
+# %% ../nbs/api/04_terms.ipynb #7b5ade54
 def has_unlabelled(y:Tensor|None)->bool:
     "Is there a sample without a label?"
     return y is None or y.dim() == 1 and bool((y == -100).any())
 
-def _labelled(unit:Loss, student, teacher, y, options:dict)->Tensor|None:
+def _labelled(unit:Loss, student, teacher, y, unlabelled:bool, options:dict)->Tensor|None:
     "Terms that see the same tensors; None where all of them need labels and there are none."
-    if not has_unlabelled(y): return unit(student, teacher, y, **options)
+    if not unlabelled: return unit(student, teacher, y, **options)
     soft, hard = ([(w, loss) for w, loss in unit.terms() if w != 0 and (loss.role == "hard") == hard] for hard in (False, True))
     values = [Objective(soft)(student, teacher, **options)] if soft else []
     if hard and y is not None: values.append(Objective(hard)(student, None, y, **options))
     return sum(values[1:], values[0]) if values else None
 
-# %% ../nbs/api/04_terms.ipynb #c0372f4b
-def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, mask)->Tensor|None:
+# %% ../nbs/api/04_terms.ipynb #62f37929
+def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, unlabelled:bool, mask)->Tensor|None:
     "The value of a unit, whose terms look where `loss` looks."
     at = loss.bound or (None, None)
     student, hard = ours.at(at[0]), loss.bound is not None and at[1] is None
     teacher = None if theirs is None or hard else theirs.at(at[1])
     tokens = mask is not None and isinstance(student, Tensor) and student.dim() == 3 and student.shape[:2] == mask.shape
     options = {"mask": mask.bool()} if tokens and loss.masks_tokens else {}
-    try: return _labelled(unit, student, teacher, y, options)
+    try: return _labelled(unit, student, teacher, y, unlabelled, options)
     except (TypeError, ValueError) as e:
         if loss.bound is None: raise
         raise type(e)(f"{loss}: {e}") from None
@@ -113,7 +113,7 @@ def _units(objective:Objective)->list[tuple[Loss, list[Term]]]:
     if len(rows) < 2: return [(t.loss, [t]) for t in active]
     return [(objective if len(rows) == len(active) else Objective([(t.weight, t.loss) for t in rows]), rows), *((t.loss, [t]) for t in active if t not in rows)]
 
-# %% ../nbs/api/04_terms.ipynb #21b0c51a
+# %% ../nbs/api/04_terms.ipynb #08726add
 def weigh(
     objective:Objective, # complete: see `kd.build`
     ours:Seen, # what the student showed
@@ -124,8 +124,9 @@ def weigh(
     "The objective on one batch, and what each term is worth. A term that needs labels and finds none is left out."
     total, worth, units = [], {}, _units(objective)
     if not units: return objective(ours.logits, None if theirs is None else theirs.logits, y), {}
+    batch = ours, theirs, y, has_unlabelled(y), mask
     for unit, terms in units:
-        value = _worth(unit, terms[0].loss, ours, theirs, y, mask)
+        value = _worth(unit, terms[0].loss, *batch)
         if value is None: continue
         if unit is terms[0].loss: # a single term
             total.append(terms[0].weight * value)
@@ -133,7 +134,7 @@ def weigh(
             continue
         total.append(value)
         with torch.no_grad(): # what was computed together is computed once more to be told apart
-            alone = {t.name: _worth(t.loss, t.loss, ours, theirs, y, mask) for t in terms}
+            alone = {t.name: _worth(t.loss, t.loss, *batch) for t in terms}
         worth |= {name: value for name, value in alone.items() if value is not None}
     if not total: raise ValueError("a batch has samples without labels, and the objective has no soft term: add kd.SoftKL()")
     return sum(total[1:], total[0]), worth
