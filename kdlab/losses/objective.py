@@ -14,25 +14,33 @@ from .. import ops
 from ..functional.contract import check_backend, check_reduction, pick_target
 from ..functional.divergences import question
 
-# %% ../../nbs/api/losses/01_objective.ipynb #82f49e33
+# %% ../../nbs/api/losses/01_objective.ipynb #7751c401
 class Number:
-    "An attribute that reads as a float; its 0-dim tensor twin lies beside it as `_NAME_tensor`."
+    "An attribute that reads as a float, with a 0-dim tensor twin beside it as `_NAME_tensor`; or an `nn.Parameter`."
     def __set_name__(self, owner, name):
         self.name, self.twin = name, f"_{name}_tensor"
 
     def __get__(self, obj, owner=None):
-        return self if obj is None else obj.__dict__["_" + self.name]
+        if obj is None: return self
+        own = obj.__dict__
+        if "_" + self.name in own: return own["_" + self.name]
+        if self.name in own.get("_parameters", ()): return own["_parameters"][self.name]
+        raise AttributeError(self.name)
 
     def __set__(self, obj, value):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise TypeError(f"a learnable {self.name} of a module must be an nn.Parameter, so that optimizers find it; a plain "
+                            f"tensor goes to the function in kdlab.functional")
         value = float(value)
         obj.__dict__["_" + self.name] = value
         if self.twin in obj.__dict__: obj.__dict__[self.twin].fill_(value) # the compiled graph holds this tensor
         else: obj.__dict__[self.twin] = torch.tensor(value, dtype=torch.float64)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #61a88b42
+# %% ../../nbs/api/losses/01_objective.ipynb #05e4b00c
 def live(obj, name:str)->float|Tensor:
     "The number `name` of `obj`: a float in eager code, its tensor under a compiler."
-    return obj.__dict__[f"_{name}_tensor" if torch.compiler.is_compiling() else f"_{name}"]
+    own = f"_{name}_tensor" if torch.compiler.is_compiling() else f"_{name}"
+    return obj.__dict__[own] if own in obj.__dict__ else getattr(obj, name) # a parameter is learnt
 
 # %% ../../nbs/api/losses/01_objective.ipynb #71bf9099
 class Part(NamedTuple):
@@ -40,7 +48,7 @@ class Part(NamedTuple):
     weight: float # its weight
     rows: Tensor # its unweighted value for each row, detached; 0 where a row does not count
 
-# %% ../../nbs/api/losses/01_objective.ipynb #49990031
+# %% ../../nbs/api/losses/01_objective.ipynb #822155ad
 class Loss(nn.Module):
     "A loss on `(student, teacher, target)`; `*`, `/`, `+`, `-` and `sum` build an `Objective`."
     role = "soft" # soft: from the teacher; hard: from labels
@@ -51,6 +59,15 @@ class Loss(nn.Module):
     def is_ordinary(self)->bool:
         "May `ops.ordinary` be tried for it?"
         return False
+
+    def asks(self, target=None)->bool:
+        "With this target, is it a question to `ops`, which a soft and a hard loss may share? If not, it answers itself."
+        return False
+
+    def nothing(self, student)->Tensor:
+        "0 with a live graph, in the shape of the loss: what it is worth at weight 0."
+        rows = student.narrow(self.dim, 0, 0).sum(self.dim, dtype=torch.promote_types(student.dtype, torch.float32))
+        return rows if self.reduction == "none" else rows.sum()
 
     def __mul__(self, weight):
         weight = _weight(weight)
@@ -75,7 +92,7 @@ def _weight(w)->float:
     if not math.isfinite(value): raise ValueError(f"the weight of a loss must be finite, got {value}")
     return value
 
-# %% ../../nbs/api/losses/01_objective.ipynb #0778f7e1
+# %% ../../nbs/api/losses/01_objective.ipynb #4c96b0be
 class RowLoss(Loss):
     "A loss on rows of logits: its options, and the question that it puts to `ops`."
     mix = 0. # of a divergence from a mixture: the weight in it
@@ -93,7 +110,10 @@ class RowLoss(Loss):
 
     def is_ordinary(self)->bool:
         "Yes, if every option that decides how it is computed has its default."
-        return self.dim == -1 and self.reduction == "mean" and self.backend == "auto" and self.detach_teacher
+        return (self.dim == -1 and self.reduction == "mean" and self.backend == "auto" and self.detach_teacher
+                and not self._parameters)
+
+    def asks(self, target=None)->bool: return True
 
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
         if labels is mask is row_weight is normalizer is None:
@@ -118,16 +138,17 @@ def _question(group, student, teacher, target, labels, mask, row_weight, normali
                     hard_weight=None if hard is None else hard[0], dim=loss.dim, ignore_index=loss.ignore_index,
                     row_weight=row_weight, reduction=loss.reduction, normalizer=normalizer, backend=loss.backend, **options)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #2e007207
-def _feature_answer(weight, loss, student, teacher, target, labels, mask, row_weight, normalizer)->Tensor:
-    "The weighted value of a loss that is not on rows of logits."
+# %% ../../nbs/api/losses/01_objective.ipynb #39469532
+def _own_answer(weight, loss, student, teacher, target, labels, mask, row_weight, normalizer)->Tensor:
+    "The weighted value of a loss that is no question to `ops`."
     given = {"mask": mask, "row_weight": row_weight, "normalizer": normalizer}
     value = loss(student, teacher, pick_target(target, labels), **{k: v for k, v in given.items() if v is not None})
     return (weight * value).to(value.dtype)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #00790585
+# %% ../../nbs/api/losses/01_objective.ipynb #2013dcaa
 def _answer(group, *args)->Tensor:
-    if group[0][1].role == "feature": return _feature_answer(*group[0], *args)
+    student, teacher, target, labels, *_ = args
+    if not group[0][1].asks(target if labels is None else labels): return _own_answer(*group[0], *args)
     rows, q = _question(group, *args)
     return ops.answer(*rows, q, group[0][1].backend)
 
@@ -171,14 +192,15 @@ class _Weighted(Loss):
 
     def terms(self): return list(zip(self._weights, self.losses))
 
-# %% ../../nbs/api/losses/01_objective.ipynb #5f8aabc1
-def _groups(objective:_Weighted)->list[list[tuple]]:
+# %% ../../nbs/api/losses/01_objective.ipynb #7c0bafda
+def _groups(objective:_Weighted, target=None)->list[list[tuple]]:
     "Active terms with their weights; the first soft and hard losses that can share a sweep stand together."
     weights = objective._weights_tensor if torch.compiler.is_compiling() else objective._weights
     active = [(weights[i], loss) for i, loss in enumerate(objective.losses) if objective._active[i]]
     for i, a in enumerate(active):
         for j, b in enumerate(active):
-            if a[1].role == "soft" and b[1].role == "hard" and a[1].shared() == b[1].shared():
+            if (a[1].role == "soft" and b[1].role == "hard" and a[1].asks(target) and b[1].asks(target)
+                    and a[1].shared() == b[1].shared()):
                 return [[a, b]] + [[t] for k, t in enumerate(active) if k not in (i, j)]
     return [[t] for t in active]
 
@@ -187,20 +209,14 @@ def _part_names(parts:dict[str, Part], taken:dict)->dict[str, Part]:
     count = lambda name: sum(k.split("#")[0] == name for k in taken)
     return {f"{name}#{count(name) + 1}" if count(name) else name: values for name, values in parts.items()}
 
-# %% ../../nbs/api/losses/01_objective.ipynb #e097d2c7
+# %% ../../nbs/api/losses/01_objective.ipynb #75f592a9
 def _written(terms, spell)->str:
     "0.1·A + 0.9·B"
     text = "".join(f" {'-' if w < 0 else '+'} {'' if abs(w) == 1 else f'{abs(w):g}·'}{spell(loss)}"
                    for w, loss in terms)
     return text[3:] if text.startswith(" +") else "-" + text[3:]
 
-def _nothing(loss:Loss, student:Tensor)->Tensor:
-    "0 in the loss's shape, with a live graph: what an objective without an active term is worth."
-    if loss.role == "feature": return loss.nothing(student)
-    rows = student.narrow(loss.dim, 0, 0).sum(loss.dim, dtype=torch.promote_types(student.dtype, torch.float32))
-    return rows if loss.reduction == "none" else rows.sum()
-
-# %% ../../nbs/api/losses/01_objective.ipynb #08581584
+# %% ../../nbs/api/losses/01_objective.ipynb #e48e1a27
 class Objective(_Weighted):
     "A weighted sum of losses, called like one loss: `(student, teacher, target)`."
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
@@ -208,15 +224,15 @@ class Objective(_Weighted):
             loss = _ordinary(self._weights, self._modules["losses"]._modules.values(), student, teacher, target)
             if loss is not None: return loss
         args = student, teacher, target, labels, mask, row_weight, normalizer
-        values = [_answer(group, *args) for group in _groups(self)]
-        return sum(values[1:], values[0]) if values else _nothing(self.losses[0], student)
+        values = [_answer(group, *args) for group in _groups(self, target if labels is None else labels)]
+        return sum(values[1:], values[0]) if values else self.losses[0].nothing(student)
 
     def parts(self, student, teacher, target=None, *, labels=None, mask=None)->dict[str, Part]:
         "Each term's unweighted rows, detached, with its weight beside it."
-        out = {}
-        for group in _groups(self):
-            if group[0][1].role == "feature":
-                own = group[0][1].parts(student, teacher, target if labels is None else labels, mask=mask)
+        out, picked = {}, target if labels is None else labels
+        for group in _groups(self, picked):
+            if not group[0][1].asks(picked):
+                own = group[0][1].parts(student, teacher, picked, mask=mask)
                 out |= _part_names({name: Part(float(group[0][0]), part.rows) for name, part in own.items()}, out)
                 continue
             rows, q = _question(group, student, teacher, target, labels, mask, None, None)
