@@ -62,7 +62,7 @@ def _denominator(valid:Tensor|None, rows:Tensor, q:Question)->float|Tensor:
     if valid is None: return max(1, rows.numel())
     return valid.sum().clamp(min=1)
 
-# %% ../nbs/api/02_ops.ipynb #d0ea07b5
+# %% ../nbs/api/02_ops.ipynb #9a53ef00
 def _wide(student:Tensor, teacher:Tensor|None)->torch.dtype:
     "What plain torch computes in: float64 on the CPU, where it need not be fast; else float32 or the widest input."
     if student.device.type == "cpu": return torch.float64
@@ -81,9 +81,9 @@ def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)-
     student = student.to(wide)
     if q.use_kl:
         divergence = getattr(reference, f"stable_{q.kind}")
-        T = q.T.unsqueeze(-1) if _by_row(q.T) else q.T
-        rows = divergence(student, teacher.to(wide), T, *[q.mix] * (q.kind in _MIXED))
-        out[q.kind] = rows * q.T**2 if q.t_squared else rows
+        T = q.T.to(wide) if isinstance(q.T, Tensor) else q.T
+        rows = divergence(student, teacher.to(wide), T.unsqueeze(-1) if _by_row(T) else T, *[q.mix] * (q.kind in _MIXED))
+        out[q.kind] = rows * T**2 if q.t_squared else rows
     if q.use_ce: out["cross_entropy"] = reference.stable_cross_entropy(student, target)
     return out
 

@@ -6,15 +6,15 @@
 __all__ = ['Divergence', 'ForwardKL', 'SoftKL', 'ReverseKL', 'TotalVariation', 'SoftCrossEntropy', 'JSD', 'SkewKL',
            'SkewReverseKL', 'LogitMSE', 'CrossEntropy']
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #0d7d5755
+# %% ../../nbs/api/losses/02_divergences.ipynb #4249cdf1
 import re
 import torch
 from ..functional.contract import check_temperature, pick_target
 from ..functional.divergences import check_mix
 from ..functional.labels import check_smoothing, cross_entropy
-from .objective import Number, Part, RowLoss
+from .objective import Number, Part, RowLoss, shown
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #b61ad6f5
+# %% ../../nbs/api/losses/02_divergences.ipynb #c42bb964
 class Divergence(RowLoss):
     """A divergence at temperature T between teacher and student; see the function `term` in `kdlab.functional`.
 
@@ -37,12 +37,13 @@ class Divergence(RowLoss):
         check_temperature(T)
         self.T, self.t_squared = T, t_squared
 
-    def extra_repr(self): return f"T={self.T:g}" + ("" if self.t_squared else ", t_squared=False")
+    def extra_repr(self): return f"T={shown(self.T):g}" + ("" if self.t_squared else ", t_squared=False")
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        square = f"{self.T:g}²·" if self.t_squared and self.T != 1 else ""
-        spell = {"P": f"softmax(teacher/{self.T:g})", "Q": f"softmax(student/{self.T:g})"}
+        T = shown(self.T)
+        square = f"{T:g}²·" if self.t_squared and T != 1 else ""
+        spell = {"P": f"softmax(teacher/{T:g})", "Q": f"softmax(student/{T:g})"}
         return square + re.sub(r"\b[PQ]\b", lambda found: spell[found[0]], self.written)
 
 # %% ../../nbs/api/losses/02_divergences.ipynb #1babbc9d
