@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RelationLoss', 'Similarity', 'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CKA', 'DIST']
 
-# %% ../../nbs/api/losses/04_relations.ipynb #ebc905d7
+# %% ../../nbs/api/losses/04_relations.ipynb #9bcc9be1
 import torch
 from ..functional import relations
-from ..functional.contract import check_temperature
+from ..functional.contract import check_temperature, check_weight
 from .features import FeatureLoss
 from .objective import Number, Part, live, shown
 
@@ -93,7 +93,7 @@ class CKA(RelationLoss):
         "The loss as it is written on paper."
         return "1 - CKA"
 
-# %% ../../nbs/api/losses/04_relations.ipynb #7a219c87
+# %% ../../nbs/api/losses/04_relations.ipynb #f436bbb8
 class DIST(RelationLoss):
     """1 - Pearson correlation over rows plus over classes, times T²; see `kdlab.functional.dist`.
 
@@ -115,7 +115,7 @@ class DIST(RelationLoss):
     ):
         super().__init__(reduction=reduction, detach_teacher=detach_teacher, backend=backend)
         check_temperature(T)
-        self.inter, self.intra = (relations.check_weight(*w) for w in (("inter", inter), ("intra", intra)))
+        self.inter, self.intra = (check_weight(*w) for w in (("inter", inter), ("intra", intra)))
         self.T, self.t_squared, self.dim, self.ignore_index = T, t_squared, dim, ignore_index
 
     def options(self):
