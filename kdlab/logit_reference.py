@@ -28,10 +28,11 @@ def standardize(
     spread = (d.square().sum(-1, keepdim=True) / n).masked_fill(flat, 1).sqrt()
     return (d / spread).masked_fill(gone, -torch.inf)
 
-# %% ../nbs/api/03_logit_reference.ipynb #b3bd8367
-def _without(x:Tensor, target:Tensor)->Tensor:
-    "`x` with the label's class excluded."
-    return x.scatter(-1, target.unsqueeze(-1), -torch.inf)
+# %% ../nbs/api/03_logit_reference.ipynb #ed49304d
+def _others(x:Tensor, target:Tensor)->Tensor:
+    "`x` without the label's class, (..., C - 1)."
+    place = torch.arange(x.shape[-1] - 1, device=x.device)
+    return x.gather(-1, place + (place >= target.unsqueeze(-1)))
 
 def _cross(log_p:Tensor, log_q:Tensor)->Tensor:
     "-sum p log q, a value a row; a class with p = 0 adds nothing."
@@ -48,10 +49,10 @@ def nkd(
     "-p_t log q_t - gamma sum p^ log q^ over the other classes: Yang et al. 2023 (arXiv:2303.13005)."
     at = target.unsqueeze(-1)
     label = -teacher.softmax(-1).gather(-1, at).squeeze(-1) * student.log_softmax(-1).gather(-1, at).squeeze(-1)
-    log_p, log_q = (_without(z / T, target).log_softmax(-1) for z in (teacher, student))
+    log_p, log_q = ((_others(z, target) / T).log_softmax(-1) for z in (teacher, student))
     return label + gamma * _cross(log_p, log_q)
 
-# %% ../nbs/api/03_logit_reference.ipynb #cc683461
+# %% ../nbs/api/03_logit_reference.ipynb #1abae52b
 def _label_term(student:Tensor, teacher:Tensor, at:Tensor)->Tensor:
     "-p log q of the label's class."
     p = _log_softmax(teacher, 1).gather(-1, at).exp()
@@ -63,13 +64,15 @@ def stable_nkd(student, teacher, target, T=1.0, gamma=1.5, t_squared:bool=True)-
     if C == 0: return _sum(student)
     inside = (target >= 0) & (target < C)
     target = target.where(inside, 0)
-    label = _label_term(student, teacher, target.unsqueeze(-1))
-    s, t = _without(student, target), _without(teacher, target)
-    alone = (s.isneginf() & t.isneginf()).all(-1, keepdim=True) # no class beside the label's
-    log_p, log_q = (_log_softmax(z.masked_fill(alone, 0), T) for z in (t, s))
-    others = _cross(log_p, log_q).masked_fill(alone.squeeze(-1), 0)
-    if t_squared: others = others * (T.squeeze(-1) if isinstance(T, Tensor) and T.dim() else T)**2
-    return (label + gamma * others) * torch.ones_like(inside, dtype=label.dtype).masked_fill(~inside, torch.nan)
+    rows = _label_term(student, teacher, target.unsqueeze(-1))
+    if C > 1:
+        s, t = _others(student, target), _others(teacher, target)
+        alone = (s.isneginf() & t.isneginf()).all(-1, keepdim=True) # no class beside the label's
+        log_p, log_q = (_log_softmax(z.masked_fill(alone, 0), T) for z in (t, s))
+        others = _cross(log_p, log_q).masked_fill(alone.squeeze(-1), 0)
+        if t_squared: others = others * (T.squeeze(-1) if isinstance(T, Tensor) and T.dim() else T)**2
+        rows = rows + gamma * others
+    return rows * torch.ones_like(inside, dtype=rows.dtype).masked_fill(~inside, torch.nan)
 
 # %% ../nbs/api/03_logit_reference.ipynb #4c99cf1d
 def binary_forward_kl(

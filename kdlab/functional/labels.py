@@ -16,7 +16,7 @@ from .contract import (
 from .divergences import forward_kl, question
 from ..reference import _log_softmax, _sum
 
-# %% ../../nbs/api/functional/12_labels.ipynb #baba6de7
+# %% ../../nbs/api/functional/12_labels.ipynb #3f31dac7
 def check_smoothing(name:str, x)->None:
     "Raise unless `x` is a number from 0 to 1."
     if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x <= 1:
@@ -34,18 +34,18 @@ def _check_hard(student, target, weight, label_smoothing, dim)->tuple[Tensor, Te
         target = target.long()
     if weight is not None:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise TypeError(f"weight must be a float tensor, one number a class, got {getattr(weight, 'dtype', weight)!r}")
+            raise TypeError(f"weight must be a float tensor, one number a class, got {getattr(weight, 'dtype', weight)}")
         if weight.shape != student.shape[-1:]:
             raise ValueError(f"weight must have one number a class, ({student.shape[-1]},), got {tuple(weight.shape)}")
     return student, target, soft
 
-# %% ../../nbs/api/functional/12_labels.ipynb #65479144
+# %% ../../nbs/api/functional/12_labels.ipynb #bac8856c
 def _hard_rows(log_q:Tensor, target:Tensor, soft:bool, weight:Tensor|None, smoothing:float)->tuple[Tensor, Tensor|None]:
     "Cross-entropy of every row, and the class weight of its label."
     w = 1. if weight is None else weight.to(log_q.dtype)
     if soft: # what has no weight adds nothing, however unlikely the student thinks it is
         share = w * ((1 - smoothing) * target.to(log_q.dtype) + smoothing / log_q.shape[-1])
-        return -_sum(share * log_q.masked_fill(share == 0, 0)), None
+        return -_sum(share * log_q.masked_fill((share == 0) & log_q.isneginf(), 0)), None
     inside = (target >= 0) & (target < log_q.shape[-1])
     at = target.where(inside, 0)
     own = torch.ones_like(at, dtype=log_q.dtype) if weight is None else w[at]

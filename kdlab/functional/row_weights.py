@@ -62,7 +62,7 @@ def confidence_weight(
     if counts is not None: weight = weight.masked_fill(~counts, 0)
     return weight.to(ops._loss_dtype(teacher, None))
 
-# %% ../../nbs/api/functional/13_row_weights.ipynb #a7c37d16
+# %% ../../nbs/api/functional/13_row_weights.ipynb #09bcaef3
 def difficulty_weight(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -73,9 +73,9 @@ def difficulty_weight(
 )->Tensor: # weights in [0, 1], (...), detached, float32 (float64 for float64 logits)
     """1 - exp(-CE(student, label) / CE(teacher, label)): large where the student lags behind its teacher.
 
-    Weighted soft labels, Zhou et al. 2021 (arXiv:2102.00650), the weight of their loss; both cross-entropies at T = 1. The authors'
-    code adds 1e-7 to the denominator; a teacher without any loss gives its limit here, 1 (0 if the student has none
-    either). Their loss is T² · soft cross-entropy with weight 2.5: `2.5 *
+    Weighted soft labels, Zhou et al. 2021 (arXiv:2102.00650), the weight of their loss; both cross-entropies at T = 1.
+    The authors' code adds 1e-7 to the denominator; a teacher without any loss gives its limit here, 1 (0 if the student
+    has none either). Their loss is T² · soft cross-entropy with weight 2.5: `2.5 *
     kd.DifficultyWeighted(kd.SoftCrossEntropy(T=2))`.
     Raises TypeError or ValueError, with shapes, for arguments that do not match."""
     check_pair(student, teacher)

@@ -139,7 +139,7 @@ class LogitMSE(RowLoss):
         "The loss as it is written on paper."
         return "Σ(d - mean d)², d = student - teacher" if self.center else "Σ(student - teacher)²"
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #4d1f786b
+# %% ../../nbs/api/losses/02_divergences.ipynb #6766b43d
 class CrossEntropy(RowLoss):
     """Cross-entropy of the labels at T = 1, as `F.cross_entropy` has it; see `kdlab.functional.cross_entropy`.
 
@@ -179,7 +179,7 @@ class CrossEntropy(RowLoss):
         target = pick_target(target, labels)
         if self.asks(target): return super().parts(student, teacher, target, mask=mask)
         with torch.no_grad():
-            return {self.term: Part(1., cross_entropy(student, target, mask=mask, reduction="none", **self.options()))}
+            return {self.term: Part(1., cross_entropy(student, target, mask=mask, reduction="none", **self._options()))}
 
     def extra_repr(self):
         own = [] if self.weight is None else [f"weight=({len(self.weight)},)"]

@@ -133,7 +133,7 @@ class SoftSpearman(LogitLoss):
         "The loss as it is written on paper."
         return f"1 - ρ(soft ranks of student/{self.strength:g}, of teacher/{self.strength:g})"
 
-# %% ../../nbs/api/losses/10_logits.ipynb #c923af08
+# %% ../../nbs/api/losses/10_logits.ipynb #59ae93f6
 class TeacherFree(LogitLoss):
     """T² * KL(virtual teacher || student): Tf-KD_reg, KD from labels alone; see `kdlab.functional.teacher_free`.
 
@@ -151,9 +151,9 @@ class TeacherFree(LogitLoss):
         reduction:str="mean", # mean, sum or none
         backend:str="auto", # auto, torch, cpp or cuda
     ):
-        super().__init__(dim, ignore_index, reduction, True, backend)
-        check_temperature(T)
-        self.T, self.correct, self.t_squared = T, correct, t_squared
+        super().__init__(dim, ignore_index, reduction, True, "auto")
+        check_temperature(T), functions.check_backend(backend)
+        self.T, self.correct, self.t_squared, self.backend = T, correct, t_squared, backend
 
     def options(self):
         return {"T": live(self, "T"), "correct": self.correct, "t_squared": self.t_squared, "dim": self.dim,
@@ -168,7 +168,7 @@ class TeacherFree(LogitLoss):
         square = f"{T:g}²·" if self.t_squared and T != 1 else ""
         return f"{square}KL(virtual teacher at T={T:g} ‖ softmax(student/{T:g}))"
 
-# %% ../../nbs/api/losses/10_logits.ipynb #4df50a3b
+# %% ../../nbs/api/losses/10_logits.ipynb #dafe1deb
 class _Around(Loss):
     "A soft loss on logits with something done first."
     def __init__(self,
@@ -179,8 +179,8 @@ class _Around(Loss):
         for _, inner in loss.terms():
             if inner.role != "soft" and inner.term != "dist": # DIST compares logits too
                 name = type(self).__name__
-                raise ValueError(f"{name} goes around losses that compare logits with the teacher's, not around {inner!r}; "
-                                 f"add that one outside: {name}(...) + {type(inner).__name__}()")
+                raise ValueError(f"{name} goes around losses that compare logits with the teacher's, not around "
+                                 f"{inner!r}; add that one outside: {name}(...) + {type(inner).__name__}()")
         self.loss = loss
 
     dim = property(lambda self: self.loss.terms()[0][1].dim)
