@@ -6,15 +6,14 @@
 __all__ = ['LogitLoss', 'NKD', 'BinaryForwardKL', 'SoftSpearman', 'TeacherFree', 'Standardized', 'RowWeighted',
            'ConfidenceWeighted', 'DifficultyWeighted', 'EntropyWeighted']
 
-# %% ../../nbs/api/losses/10_logits.ipynb #ee1c0fa0
+# %% ../../nbs/api/losses/10_logits.ipynb #2df4e64f
 import torch
 from torch import Tensor
 from ..functional import labels as label_functions
 from ..functional import logits as functions
 from ..functional import ranking, row_weights
 from ..functional.contract import (
-    check_logits, check_reduction, check_temperature, check_weight, classes_last, is_soft_target, pick_target)
-from ..functional.divergences import forward_kl
+    check_pair, check_reduction, check_temperature, check_weight, is_soft_target, pick_target)
 from .objective import Loss, Number, Part, live, shown
 
 # %% ../../nbs/api/losses/10_logits.ipynb #e580284e
@@ -192,7 +191,7 @@ class _Around(Loss):
         "The loss as it is written on paper."
         return self.written.format(self.loss.equation())
 
-# %% ../../nbs/api/losses/10_logits.ipynb #bf564cc5
+# %% ../../nbs/api/losses/10_logits.ipynb #791bb8dc
 class Standardized(_Around):
     """A loss on standardised logits: student and teacher go through `kdlab.functional.standardize` first.
 
@@ -203,8 +202,9 @@ class Standardized(_Around):
     def forward(self, student, teacher, target=None, **options):
         return self.loss(*self._standard(student, teacher), target, **options)
 
-    def _standard(self, *sides)->tuple[Tensor, Tensor]:
-        return tuple(functions.standardize(x, self.dim) for x in sides)
+    def _standard(self, student, teacher)->tuple[Tensor, Tensor]:
+        check_pair(student, teacher)
+        return tuple(functions.standardize(x, self.dim) for x in (student, teacher))
 
     def parts(self, student, teacher, target=None, **options)->dict[str, Part]:
         "The parts of the loss inside."
@@ -246,9 +246,10 @@ class RowWeighted(_Around):
 
     def extra_repr(self): return f"by={getattr(self.by, '__name__', self.by)}"
 
-# %% ../../nbs/api/losses/10_logits.ipynb #18cb9ba6
+# %% ../../nbs/api/losses/10_logits.ipynb #6165441f
 def _row_weights(loss:RowWeighted, student, teacher, target, mask)->Tensor:
     "The weights of a batch, divided by their mean if so wished."
+    check_pair(student, teacher)
     labelled = target is not None and not is_soft_target(target, student)
     if labelled and mask is not None: target = target.masked_fill(~mask, loss.ignore_index) # not looked at
     with torch.no_grad(): w = loss.own_weights(student, teacher, target)
