@@ -30,6 +30,7 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.challenge": "Challenge link",
 }
 
 # %% ../nbs/api/00_kdlab.ipynb #691c5f9b
