@@ -471,6 +471,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'kdlab/losses/divergences.py'),
                                           'kdlab.losses.divergences.CrossEntropy.__init__': ( 'api/losses/divergences.html#crossentropy.__init__',
                                                                                               'kdlab/losses/divergences.py'),
+                                          'kdlab.losses.divergences.CrossEntropy._is_plain': ( 'api/losses/divergences.html#crossentropy._is_plain',
+                                                                                               'kdlab/losses/divergences.py'),
                                           'kdlab.losses.divergences.CrossEntropy._options': ( 'api/losses/divergences.html#crossentropy._options',
                                                                                               'kdlab/losses/divergences.py'),
                                           'kdlab.losses.divergences.CrossEntropy.asks': ( 'api/losses/divergences.html#crossentropy.asks',

@@ -139,7 +139,7 @@ class LogitMSE(RowLoss):
         "The loss as it is written on paper."
         return "Σ(d - mean d)², d = student - teacher" if self.center else "Σ(student - teacher)²"
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #6766b43d
+# %% ../../nbs/api/losses/02_divergences.ipynb #e9429ca9
 class CrossEntropy(RowLoss):
     """Cross-entropy of the labels at T = 1, as `F.cross_entropy` has it; see `kdlab.functional.cross_entropy`.
 
@@ -158,11 +158,11 @@ class CrossEntropy(RowLoss):
         self.register_buffer("weight", weight)
         self.label_smoothing = label_smoothing
 
-    def is_ordinary(self)->bool: return self.asks() and super().is_ordinary()
+    def _is_plain(self)->bool: return self.label_smoothing == 0 and self._buffers["weight"] is None
+    def is_ordinary(self)->bool: return self._is_plain() and RowLoss.is_ordinary(self)
 
     def asks(self, target=None)->bool: # labels alone are the kernel's case
-        if self._buffers["weight"] is not None or self.label_smoothing != 0: return False
-        return not (isinstance(target, torch.Tensor) and target.is_floating_point())
+        return self._is_plain() and not (isinstance(target, torch.Tensor) and target.is_floating_point())
 
     def _options(self)->dict:
         return {"weight": self.weight, "label_smoothing": self.label_smoothing, "dim": self.dim,

@@ -14,25 +14,25 @@ from .. import ops
 from ..functional.contract import check_backend, check_reduction, pick_target
 from ..functional.divergences import question
 
-# %% ../../nbs/api/losses/01_objective.ipynb #7751c401
+# %% ../../nbs/api/losses/01_objective.ipynb #809fa1c4
 class Number:
     "An attribute that reads as a float, with a 0-dim tensor twin beside it as `_NAME_tensor`; or an `nn.Parameter`."
     def __set_name__(self, owner, name):
-        self.name, self.twin = name, f"_{name}_tensor"
+        self.name, self.own, self.twin = name, f"_{name}", f"_{name}_tensor"
 
     def __get__(self, obj, owner=None):
         if obj is None: return self
-        own = obj.__dict__
-        if "_" + self.name in own: return own["_" + self.name]
-        if self.name in own.get("_parameters", ()): return own["_parameters"][self.name]
-        raise AttributeError(self.name)
+        value = obj.__dict__.get(self.own)
+        if value is None: value = obj.__dict__.get("_parameters", {}).get(self.name)
+        if value is None: raise AttributeError(self.name)
+        return value
 
     def __set__(self, obj, value):
         if isinstance(value, Tensor) and value.requires_grad:
             raise TypeError(f"a learnable {self.name} of a module must be an nn.Parameter, so that optimizers find it; a plain "
                             f"tensor goes to the function in kdlab.functional")
         value = float(value)
-        obj.__dict__["_" + self.name] = value
+        obj.__dict__[self.own] = value
         if self.twin in obj.__dict__: obj.__dict__[self.twin].fill_(value) # the compiled graph holds this tensor
         else: obj.__dict__[self.twin] = torch.tensor(value, dtype=torch.float64)
 
