@@ -399,6 +399,8 @@ def test_shifts_scales_and_permutations():
         torch.testing.assert_close(loss(7 * S - 3, Z / 9 + 2), loss(S, Z))  # scale and shift
     row = lambda s, t: (1 - torch.stack([torch.corrcoef(torch.stack(x))[0, 1] for x in zip(s.softmax(-1), t.softmax(-1))])).mean()
     torch.testing.assert_close(f.dist(S, Z, intra=0.0), row(S, Z))
+    torch.testing.assert_close(f.dist(S, Z, inter=3.0, intra=3.0), 3 * f.dist(S, Z))
+    torch.testing.assert_close(f.dist(S, Z, inter=0.0) + f.dist(S, Z, intra=0.0), f.dist(S, Z, backend="torch"))
     p, a = Z.softmax(-1), torch.linspace(0.2, 0.9, 7, dtype=torch.float64)[:, None]
     mixed = (a * p + (1 - a) / 6).log()  # Pearson sees no change of scale or level of the probabilities
     assert f.dist(mixed, Z, intra=0.0) < 1e-12 and f.forward_kl(mixed, Z) > 0.01
