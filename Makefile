@@ -4,10 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/first
 
-.PHONY: lab test setup export readme bench clean help
+.PHONY: lab test setup export widget-data bench clean help
 
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 lab: $(VENV)/.built  ## set up, run a first distillation, open JupyterLab (HEADLESS=1: stop after the report)
 	@$(BIN)/kdlab distill --out $(RUN)
@@ -26,6 +26,9 @@ export: $(VENV)/.built  ## notebooks -> package, command-line table and README; 
 	@$(BIN)/python -m kdlab.cli_export
 	@$(BIN)/python docs/readme.py
 	@$(BIN)/nbdev-clean
+
+widget-data: $(VENV)/.built  ## make the runs that the widgets show (5 seeds, a few minutes)
+	@$(BIN)/python -c "from kdlab import widget_data; print(widget_data.write())"
 
 bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compile
 	@$(BIN)/python benchmarks/soft_kl.py

@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #c0b88944
+# %% ../nbs/api/00_kdlab.ipynb #af4da6d9
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -17,6 +17,8 @@ except PackageNotFoundError: __version__ = "0+unknown"
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
                     "SoftCrossEntropy LogitMSE LinearForwardKL",
+    "kdlab.losses.logits": "NKD BinaryForwardKL SoftSpearman TeacherFree Standardized RowWeighted ConfidenceWeighted "
+                           "DifficultyWeighted EntropyWeighted",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
     "kdlab.functional.linear": "estimate_memory",
@@ -31,6 +33,7 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.challenge": "Challenge link",
 }
 
 # %% ../nbs/api/00_kdlab.ipynb #691c5f9b

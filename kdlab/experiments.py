@@ -98,7 +98,7 @@ def one_thread() -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/api/09_experiments.ipynb #e66be070
+# %% ../nbs/api/09_experiments.ipynb #ddf868ea
 @one_thread()
 def train_many(
     nets: Sequence[nn.Module],  # S students of the same layers; trained in place
@@ -106,21 +106,26 @@ def train_many(
     steps: int = 600,  # optimizer steps
     batch_size: int = 64,  # rows a student sees in one step
     lr: float = 3e-3,  # first learning rate of Adam; falls to 0 along a half cosine
+    watch: Callable[[int, Callable], None] | None = None,  # watch(steps done, ask), ask(x): all logits (S, N, C)
 ) -> list[nn.Module]:  # the nets
     "Train all nets at once, each on its own arm, as if it were alone."
     _check(nets, arms)
     params, _ = stack_module_state(list(nets))
-    forward = torch.vmap(lambda p, x: functional_call(nets[0], p, (x,)))
+    one = lambda p, x: functional_call(nets[0], p, (x,))
+    forward, ask = torch.vmap(one), lambda x: torch.vmap(one, in_dims=(0, None))(params, x).detach()
+    look = watch or (lambda step, ask: None)
     x, start, groups = torch.cat([arm.x for arm in arms]), _starts(arms), _groups(arms)
     order = [batches(len(arm.x), batch_size, steps, arm.seed) for arm in arms]
     optimizer = torch.optim.Adam(params.values(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for rows in torch.stack(order, dim=1):
+    for step, rows in enumerate(torch.stack(order, dim=1)):
+        look(step, ask)
         logits = forward(params, x[rows + start])
         optimizer.zero_grad()
         sum(group.total(logits, rows) for group in groups).backward()
         optimizer.step()
         schedule.step()
+    look(steps, ask)
     with torch.no_grad():
         for i, net in enumerate(nets):
             for name, p in net.named_parameters():

@@ -6,7 +6,7 @@
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'to_numpy', 'check_logits',
            'check_labels', 'check_images', 'check_names', 'check_ids', 'check_index', 'softmax', 'entropy', 'ranking',
            'top_mass', 'fade', 'series', 'layout', 'are_long', 'class_axis', 'grey_image', 'flat', 'changes', 'slider',
-           'choice', 'toggle', 'page', 'write_page']
+           'choice', 'toggle', 'button', 'page', 'write_page']
 
 # %% ../../nbs/api/figures/00_kit.ipynb #80dcba62
 import json
@@ -251,11 +251,11 @@ def changes(
     drop = lambda tree: {k: v for k, v in tree.items() if k != "template"}
     return {i: d for i, d in traces.items() if d}, differ(drop(old["layout"]), drop(new["layout"]))
 
-# %% ../../nbs/api/figures/00_kit.ipynb #fb604d75
-def slider(name:str, label:str, values:list, texts:list[str] | None=None) -> dict:
+# %% ../../nbs/api/figures/00_kit.ipynb #c76aa769
+def slider(name:str, label:str, values:list, texts:list[str] | None=None, late:bool=False) -> dict:
     "A control that steps through `values`; `texts` is what it says at each of them."
     texts = [f"{v:g}" if isinstance(v, float) else str(v) for v in values] if texts is None else texts
-    return dict(kind="slider", name=name, label=label, values=list(values), texts=list(texts))
+    return dict(kind="slider", name=name, label=label, values=list(values), texts=list(texts), late=late)
 
 
 def choice(name:str, label:str, values:list, texts:list[str] | None=None) -> dict:
@@ -267,7 +267,12 @@ def toggle(name:str, label:str) -> dict:
     "A switch, off or on."
     return dict(kind="toggle", name=name, label=label, values=[False, True], texts=["off", "on"])
 
-# %% ../../nbs/api/figures/00_kit.ipynb #67b245a4
+
+def button(name:str, label:str) -> dict:
+    "A button; it calls the view's `press(name)`, and is left out of pages."
+    return dict(kind="button", name=name, label=label, values=[], texts=[])
+
+# %% ../../nbs/api/figures/00_kit.ipynb #31b48761
 _INK_RGB = fade(INK, 1).replace("rgba", "rgb").replace(", 1)", ")")
 THEME_CSS = f"""
 .js-plotly-plot {{ --kd-ink: var(--jp-content-font-color1, var(--kd-page-ink, {INK})); }}
@@ -291,15 +296,29 @@ CONTROL_CSS = """
   border: 1px solid #808080; background: var(--jp-layout-color1, var(--kd-page-paper)); cursor: pointer; }
 .kd-panel :is(input, select, button):focus-visible { outline: 3px solid #E69F00; outline-offset: 2px; }
 .kd-text { margin: 8px 0 0; max-width: 110ch; min-height: 3em; }
+.kd-busy { margin: 8px 0 0; display: flex; gap: 12px; align-items: center; font-weight: 600; }
+.kd-busy[hidden] { display: none; }
+.kd-score { width: 220px; height: 14px; accent-color: #009E73; }
 .kd-error { margin: 8px 0 0; padding: 6px 12px; border-left: 5px solid #D55E00; background: rgba(213, 94, 0, 0.14); }
 .kd-error[hidden] { display: none; }
 """
 
-# %% ../../nbs/api/figures/00_kit.ipynb #4aa3c4c5
-CONTROL_JS = """
-function kdControls(box, controls, values, changed) {
+# %% ../../nbs/api/figures/00_kit.ipynb #96b6e175
+_BUTTON_JS = """
+function kdButton(box, c, pressed) {
+  const go = box.appendChild(document.createElement("button"));
+  Object.assign(go, { type: "button", textContent: c.label });
+  Object.assign(go.dataset, { name: c.name, lmSuppressShortcuts: "true" });
+  go.addEventListener("click", () => pressed(c.name));
+}
+"""
+
+# %% ../../nbs/api/figures/00_kit.ipynb #11d34f2f
+CONTROL_JS = _BUTTON_JS + """
+function kdControls(box, controls, values, changed, pressed) {
   const show = {};
   for (const c of controls) {
+    if (c.kind === "button") { kdButton(box, c, pressed); continue; }
     const row = box.appendChild(document.createElement("label"));
     row.className = "kd-control";
     const name = document.createElement("span");
@@ -323,10 +342,9 @@ function kdControls(box, controls, values, changed) {
       if (c.kind === "toggle") input.checked = Boolean(v); else input.value = i;
       if (said) { said.textContent = text; input.setAttribute("aria-valuetext", text); }
     };
-    input.addEventListener("input", () => {
-      const v = c.kind === "toggle" ? input.checked : c.values[Number(input.value)];
-      show[c.name](v); changed(c.name, v);
-    });
+    const read = () => c.kind === "toggle" ? input.checked : c.values[Number(input.value)];
+    input.addEventListener("input", () => { show[c.name](read()); if (!c.late) changed(c.name, read()); });
+    if (c.late) input.addEventListener("change", () => changed(c.name, read()));
     show[c.name](values[c.name]);
   }
   return show;

@@ -5,14 +5,21 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #8c87821e
+# %% ../../nbs/api/functional/00_functional.ipynb #ee9b7267
 from .divergences import (
     forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
+from .logits import binary_forward_kl, nkd, standardize
+from .ranking import kendall, soft_rank, soft_spearman, spearman, top_k_overlap
+from .labels import cross_entropy, smooth_labels, teacher_free, virtual_teacher
+from .row_weights import confidence_weight, difficulty_weight, entropy_weight
 from .features import attention_transfer, channel_kl, cosine, hint
 from .relations import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
 from .linear import linear_forward_kl
 
-# %% ../../nbs/api/functional/00_functional.ipynb #e14db907
+# %% ../../nbs/api/functional/00_functional.ipynb #b10ef21a
 __all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
+           "binary_forward_kl", "nkd", "standardize", "kendall", "soft_rank", "soft_spearman", "spearman", "top_k_overlap",
+           "cross_entropy", "smooth_labels", "teacher_free", "virtual_teacher",
+           "confidence_weight", "difficulty_weight", "entropy_weight",
            "logit_mse", "linear_forward_kl", "attention_transfer", "channel_kl", "cosine", "hint", "cka", "dist", "pkt",
            "rkd", "rkd_angle", "rkd_distance", "similarity"]

@@ -5,16 +5,21 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #a59ad9cc
+# %% ../../nbs/api/losses/00_losses.ipynb #6dbed31e
 from .objective import Loss, Objective, Part
 from .divergences import (
     CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
+from kdlab.losses.logits import (
+    BinaryForwardKL, ConfidenceWeighted, DifficultyWeighted, EntropyWeighted, NKD, RowWeighted, SoftSpearman, Standardized,
+    TeacherFree)
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .relations import CKA, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity
 from .linear import LinearForwardKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #ed577036
+# %% ../../nbs/api/losses/00_losses.ipynb #78709cd2
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE", "LinearForwardKL",
+           "BinaryForwardKL", "ConfidenceWeighted", "DifficultyWeighted", "EntropyWeighted", "NKD", "RowWeighted",
+           "SoftSpearman", "Standardized", "TeacherFree",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
            "CKA", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FeatureLoss', 'Hint', 'AttentionTransfer', 'Cosine', 'ChannelKL']
 
-# %% ../../nbs/api/losses/03_features.ipynb #19c9076e
+# %% ../../nbs/api/losses/03_features.ipynb #11c57b29
 import torch
 from torch import Tensor, nn
 from ..functional import features
 from ..functional.contract import check_backend, check_reduction, check_temperature
-from .objective import Loss, Number, Part, live
+from .objective import Loss, Number, Part, live, shown
 
 # %% ../../nbs/api/losses/03_features.ipynb #5de83918
 class _Projecting(Loss):
@@ -146,7 +146,7 @@ class Cosine(FeatureLoss):
         "The loss as it is written on paper."
         return "mean (1 - cos(s, t))"
 
-# %% ../../nbs/api/losses/03_features.ipynb #39ca005e
+# %% ../../nbs/api/losses/03_features.ipynb #e62c23e8
 class ChannelKL(FeatureLoss):
     """T² * KL(teacher || student) of each channel over space; see `kdlab.functional.channel_kl`.
 
@@ -174,9 +174,10 @@ class ChannelKL(FeatureLoss):
         return self.compare(student, teacher, target, mask=mask, row_weight=row_weight, normalizer=normalizer,
                             reduction=self.reduction)
 
-    def extra_repr(self): return f"T={self.T:g}" + ("" if self.t_squared else ", t_squared=False")
+    def extra_repr(self): return f"T={shown(self.T):g}" + ("" if self.t_squared else ", t_squared=False")
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        square = f"{self.T:g}²·" if self.t_squared and self.T != 1 else ""
-        return f"{square}KL(softmax over space of teacher/{self.T:g} ‖ of student/{self.T:g})"
+        T = shown(self.T)
+        square = f"{T:g}²·" if self.t_squared and T != 1 else ""
+        return f"{square}KL(softmax over space of teacher/{T:g} ‖ of student/{T:g})"
