@@ -78,7 +78,7 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
         raise ValueError(f"on() pairs layers in order, got {len(ours)} of the student, {ours}, and {len(theirs)} of the teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #563e78d0
+# %% ../../nbs/api/losses/01_objective.ipynb #4e6d83b5
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
@@ -98,11 +98,12 @@ class _Bindable(nn.Module):
         terms = [(w, loss._at(pair, len(pairs))) for w, loss, pairs in found for pair in pairs]
         return terms[0][1] if len(terms) == 1 and not isinstance(self, Objective) else Objective(terms)
 
-    def _at(self, binding:Binding, copies:int=1)->"Loss":
-        own = [*self._modules.values(), *self._parameters.values(), *self._buffers.values()]
-        if copies > 1 and any(x is not None for x in own):
+    def _at(self, binding:Binding|None, copies:int=1)->"Loss":
+        learnt = lambda module: [*module.parameters(), *module.buffers()]
+        if copies > 1 and learnt(self):
             raise ValueError(f"{self!r} has parameters of its own, so each pair of layers needs a loss of its own: bind one pair "
                              f"at a time and add the losses")
+        own = [*(m for m in self.children() if learnt(m)), *self.parameters(recurse=False), *self.buffers(recurse=False)]
         new = copy.deepcopy(self, {id(x): x for x in own})
         new.bound = binding
         return new
