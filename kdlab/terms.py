@@ -105,13 +105,14 @@ def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, unlabelled:bool
         if loss.bound is None: raise
         raise type(e)(f"{loss}: {e}") from None
 
-# %% ../nbs/api/04_terms.ipynb #128c0f39
+# %% ../nbs/api/04_terms.ipynb #d862b087
 def _units(objective:Objective)->list[tuple[Loss, list[Term]]]:
     "What is computed together, and its terms: the row losses on the logits, and every other term alone."
     active = [term for term in named_terms(objective) if term.weight != 0]
     rows = [t for t in active if t.loss.bound is None and t.loss.role != "feature"]
     if len(rows) < 2: return [(t.loss, [t]) for t in active]
-    return [(objective if len(rows) == len(active) else Objective([(t.weight, t.loss) for t in rows]), rows), *((t.loss, [t]) for t in active if t not in rows)]
+    together = objective if len(rows) == len(active) else Objective([(t.weight, t.loss) for t in rows])
+    return [(together, rows), *((t.loss, [t]) for t in active if t not in rows)]
 
 # %% ../nbs/api/04_terms.ipynb #08726add
 def weigh(

@@ -65,7 +65,7 @@ def _names(side:str, layers)->list[str]:
     if not names: raise ValueError(f"on() got no layer for the {side}")
     return list(names)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #ad2dc1cb
+# %% ../../nbs/api/losses/01_objective.ipynb #fca058de
 def _bindings(loss, layers, student, teacher)->list[Binding]:
     "The pairs that the arguments of `on` mean for a single loss."
     if (layers is None) == (student is None and teacher is None):
@@ -75,10 +75,11 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
     theirs = _names("teacher", teacher if layers is None else layers)
     if loss.several: return [Binding(tuple(ours), tuple(theirs))]
     if len(ours) != len(theirs):
-        raise ValueError(f"on() pairs layers in order, got {len(ours)} of the student, {ours}, and {len(theirs)} of the teacher, {theirs}")
+        raise ValueError(f"on() pairs layers in order, got {len(ours)} of the student, {ours}, and {len(theirs)} of the "
+                         f"teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #4e6d83b5
+# %% ../../nbs/api/losses/01_objective.ipynb #9a7c41bc
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
@@ -116,9 +117,12 @@ class _Bindable(nn.Module):
 
     def inside(self)->list[str]:
         "What stands between the brackets of its `repr`."
-        return [text for text in (self.extra_repr(), *(f"{name}={module!r}" for name, module in self.named_children())) if text]
+        children = [f"{name}={module!r}" for name, module in self.named_children()]
+        return [text for text in (self.extra_repr(), *children) if text]
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(self.inside())})" + ("" if self.bound is None else f".{self.bound}")
+    def __repr__(self):
+        where = "" if self.bound is None else f".{self.bound}"
+        return f"{type(self).__name__}({', '.join(self.inside())}){where}"
 
 # %% ../../nbs/api/losses/01_objective.ipynb #71bf9099
 class Part(NamedTuple):
