@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #b305fa20
+# %% ../nbs/api/00_kdlab.ipynb #9bdef6a4
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -17,6 +17,8 @@ except PackageNotFoundError: __version__ = "0+unknown"
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
                     "SoftCrossEntropy LogitMSE",
+    "kdlab.losses.logits": "NKD BinaryForwardKL SoftSpearman TeacherFree Standardized RowWeighted ConfidenceWeighted "
+                           "DifficultyWeighted EntropyWeighted",
     "kdlab.losses.linear": "LinearForwardKL LinearJSD LinearReverseKL LinearSkewKL LinearSkewReverseKL "
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
@@ -24,7 +26,10 @@ _HOMES = {
     "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
-    "kdlab.distilling": "distill Run load frozen predict",
+    "kdlab.distilling": "distill Run load predict",
+    "kdlab.calling": "frozen",
+    "kdlab.taps": "Taps layers pair",
+    "kdlab.adapters": "Projector build",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",
@@ -34,8 +39,8 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #691c5f9b
-_MODULES = "distilling experiments functional losses nets ops placebos reference tasks".split()
+# %% ../nbs/api/00_kdlab.ipynb #5b366206
+_MODULES = "adapters calling distilling experiments functional losses nets ops placebos reference taps tasks".split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

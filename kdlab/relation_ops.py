@@ -132,15 +132,15 @@ def relation(student:Tensor, teacher:Tensor, keep:Tensor|None, losses:dict[str, 
             total = total + weight * f(G, H, keep)
         return total.to(ops._loss_dtype(student, teacher))
 
-# %% ../nbs/api/03_relation_ops.ipynb #94248d42
-def torch_dist(student, teacher, keep, T, t_squared:bool)->Tensor:
+# %% ../nbs/api/03_relation_ops.ipynb #a3ed2f7c
+def torch_dist(student, teacher, keep, T, t_squared:bool, inter:float=1., intra:float=1.)->Tensor:
     "DIST of logits, classes last, in plain torch: differentiable as often as you like, in every argument."
     with without_autocast(student):
         s, t = (x.reshape(-1, x.shape[-1]) for x in widen(student, teacher))
         if keep is not None:
             keep = keep.reshape(-1)
             s, t = s.masked_fill(~keep.unsqueeze(1), 0), t.masked_fill(~keep.unsqueeze(1), 0)
-        value = reference.stable_dist(s, t, T, keep)
+        value = reference.stable_dist(s, t, T, keep, inter, intra)
         return (value * T**2 if t_squared else value).to(ops._loss_dtype(student, teacher))
 
 # %% ../nbs/api/03_relation_ops.ipynb #342a4556
@@ -209,11 +209,14 @@ def _dist_backward(ctx, grad_out, _):
 
 dist_op.register_autograd(_dist_backward, setup_context=_dist_setup)
 
-# %% ../nbs/api/03_relation_ops.ipynb #40030eae
-def dist(student, teacher, keep, T, t_squared:bool, backend:str="auto")->Tensor:
+# %% ../nbs/api/03_relation_ops.ipynb #27d2e18d
+def dist(student, teacher, keep, T, t_squared:bool, backend:str="auto", inter:float=1., intra:float=1.)->Tensor:
     "DIST of logits, classes last, from the backend that suits."
+    if inter == intra != 1: return inter * dist(student, teacher, keep, T, t_squared, backend)
     why = "the temperature is learnable" if isinstance(T, Tensor) and T.requires_grad else None
-    if choose_features(backend, student, teacher, why) == "torch": return torch_dist(student, teacher, keep, T, t_squared)
+    if inter != intra: why = "its two weights differ"
+    if choose_features(backend, student, teacher, why) == "torch":
+        return torch_dist(student, teacher, keep, T, t_squared, inter, intra)
     need = torch.is_grad_enabled() and student.requires_grad
     if ops._as_operator():
         half = torch.promote_types(student.dtype, teacher.dtype) is torch.float16

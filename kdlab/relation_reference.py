@@ -154,7 +154,7 @@ def dist(
     def apart(a, b): return 1 - (unit(a - a.mean(-1, keepdim=True)) * unit(b - b.mean(-1, keepdim=True))).sum(-1)
     return apart(q, p).mean() + apart(q.T, p.T).mean()
 
-# %% ../nbs/api/03_relation_reference.ipynb #4040913c
+# %% ../nbs/api/03_relation_reference.ipynb #705af2d4
 def _about_mean(p:Tensor, dim:int, keep:Tensor|None=None)->Tensor:
     "p minus its mean over `dim`; exactly zero where nothing but rounding is left. Rows that do not count are zero."
     count = max(1, p.shape[dim]) if keep is None else keep.sum().clamp(min=1)
@@ -163,7 +163,8 @@ def _about_mean(p:Tensor, dim:int, keep:Tensor|None=None)->Tensor:
     noise = 64 * torch.finfo(p.dtype).eps * p.detach().amax(dim, keepdim=True)
     return rest.masked_fill(rest.detach().abs().amax(dim, keepdim=True) <= noise, 0)
 
-def stable_dist(student:Tensor, teacher:Tensor, T:float|Tensor=1.0, keep:Tensor|None=None)->Tensor:
+def stable_dist(student:Tensor, teacher:Tensor, T:float|Tensor=1.0, keep:Tensor|None=None, inter:float=1.,
+                intra:float=1.)->Tensor:
     "`dist` of rows (B, C), of which those in `keep` count; in float64, where the device has it."
     if student.numel() == 0: return total(student.flatten())
     if student.device.type != "mps": student, teacher = student.double(), teacher.double()
@@ -171,5 +172,6 @@ def stable_dist(student:Tensor, teacher:Tensor, T:float|Tensor=1.0, keep:Tensor|
     if keep is not None: p, q = (x.masked_fill(~keep.unsqueeze(1), 0) for x in (p, q))
     by_row = stable_cosine(_about_mean(q, 1), _about_mean(p, 1))
     by_column = stable_cosine(_about_mean(q, 0, keep).T, _about_mean(p, 0, keep).T)
-    if keep is None: return by_row.mean() + by_column.mean()
-    return by_row.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1) + by_column.mean() * keep.any()
+    if keep is None: return inter * by_row.mean() + intra * by_column.mean()
+    rows = by_row.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)
+    return inter * rows + intra * by_column.mean() * keep.any()

@@ -1,4 +1,5 @@
 """kd.distill: the teacher stays, the run repeats, and nothing that was finished is lost, whatever stops it."""
+import copy
 import json
 import os
 import signal
@@ -263,6 +264,253 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path):
     assert out == f"finished {fingerprint(whole.student)}\n"
 
 
+# losses on layers
+
+def feature_losses():
+    return [0.2 * kd.CrossEntropy(), 0.8 * kd.SoftKL(T=2), 2 * kd.Hint(project="auto").on(student="3", teacher="3"), 10 * kd.RKD().on("4.input")]
+
+
+def twin_of_run(student, teacher, train, objective, epochs, lr):
+    "The same run as a loop by hand, for nets and loaders without chance."
+    optimizer = torch.optim.Adam([*student.parameters(), *objective.parameters()], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
+    student.train()
+    for _ in range(epochs):
+        for x, y in train:
+            with kd.Taps(student, ["3", "4.input"]) as fs, kd.Taps(teacher, ["3", "4.input"]) as ft:
+                zs, zt = student(x), kd.frozen(teacher)(x)
+                ce, kl, hint, rkd = objective.losses
+                loss = (0.2 * ce + 0.8 * kl)(zs, zt, y) + 2 * hint(fs["3"], ft["3"]) + 10 * rkd(fs["4.input"], ft["4.input"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return loss.item()
+
+
+def plain_net(seed, width):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, width, bias=False), nn.BatchNorm1d(width), nn.Identity(), nn.ReLU(inplace=True), nn.Linear(width, 3))
+
+
+def test_a_run_with_features_is_the_loop_by_hand():
+    teacher, train = plain_net(9, 32), DataLoader(data(), 64)
+    objective = kd.build(sum(feature_losses()), plain_net(0, 8), teacher, data().tensors[0])
+    student, by_hand, own = plain_net(0, 8), plain_net(0, 8), kd.build(sum(feature_losses()), plain_net(0, 8), teacher, data().tensors[0])
+    own.load_state_dict(objective.state_dict())
+    run = kd.distill(student, teacher, train, losses=objective, epochs=5, lr=0.02, progress=False)
+    last = twin_of_run(by_hand, teacher, train, own, 5, 0.02)
+    assert run.history[-1]["train_loss"] == pytest.approx(last, rel=1e-5)
+    for a, b in ((student, by_hand), (run.objective, own)):
+        for p, q in zip(a.state_dict().values(), b.state_dict().values()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(own.losses[2].project.layer.weight, kd.build(sum(feature_losses()), student, teacher, data().tensors[0]).losses[2].project.layer.weight)
+
+
+def test_features_are_learnt(teacher):
+    run = distill(net(), teacher, train=loader(n=256, seed=1), losses=feature_losses(), epochs=15, lr=0.02)
+    first, last = run.history[0]["terms"], run.history[-1]["terms"]
+    assert list(first) == ["CrossEntropy", "SoftKL", "Hint 3", "RKD 4.input"]
+    assert last["Hint 3"] < 0.7 * first["Hint 3"] and last["RKD 4.input"] < 0.7 * first["RKD 4.input"]
+    assert run.history[-1]["valid_accuracy"] > 0.7 and "terms    CrossEntropy" in repr(run)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*run.student.modules(), *teacher.modules()))
+
+
+def test_the_history_shows_each_term_and_they_add_up(teacher):
+    run = distill(net(), teacher, losses=feature_losses(), epochs=2)
+    for entry in run.history:
+        weighted = sum(w * value for w, value in zip((0.2, 0.8, 2, 10), entry["terms"].values()))
+        assert weighted == pytest.approx(entry["train_loss"], rel=1e-5)
+    assert "terms" not in distill(net(), teacher, losses=kd.SoftKL(), epochs=1).history[0]
+    twice = distill(net(), teacher, losses=[kd.SoftKL(), kd.SoftKL(T=1), kd.CKA().on(student="0", teacher="3")], epochs=1)
+    assert list(twice.history[0]["terms"]) == ["SoftKL", "SoftKL#2", "CKA 0/3"]
+
+
+def test_terms_without_labels_are_those_of_the_samples_that_have_some(teacher):
+    x, y = data(n=32).tensors
+    y = torch.where(torch.arange(32) < 16, y, torch.full_like(y, -100))
+    run = distill(net(), teacher, train=DataLoader(TensorDataset(x, y), 16), losses=feature_losses(), epochs=1)
+    alone = distill(net(), teacher, train=DataLoader(TensorDataset(x[:16], y[:16]), 16), losses=feature_losses(), epochs=1)
+    assert run.history[0]["terms"]["CrossEntropy"] == pytest.approx(alone.history[0]["terms"]["CrossEntropy"])
+    assert any("1 batches had samples without labels" in note for note in run.notes)
+
+
+def test_losses_can_be_used_for_several_runs(teacher):
+    losses = feature_losses()
+    prints = [fingerprint(distill(net(), teacher, losses=losses, epochs=2).student) for _ in range(2)]
+    assert prints[0] == prints[1] and losses[2].losses[0].pending()
+    assert fingerprint(distill(net(), teacher, losses=losses, epochs=2, seed=1).student) != prints[0]
+
+
+def test_a_resumed_run_with_projectors_is_exact(teacher, tmp_path):
+    options = dict(epochs=4, losses=feature_losses())
+    whole = distill(net(), teacher, **options)
+
+    def stop(run):
+        if run.epoch == 2: raise KeyboardInterrupt
+
+    cut = distill(net(), teacher, out=tmp_path, callbacks=[stop], **options)
+    assert fingerprint(cut.objective) != fingerprint(whole.objective)
+    resumed = distill(net(), teacher, out=tmp_path, resume=True, **options)
+    assert fingerprint(resumed.student) == fingerprint(whole.student) and fingerprint(resumed.objective) == fingerprint(whole.objective)
+    plain = lambda run: [{k: v for k, v in h.items() if k != "seconds"} for h in run.history]
+    assert plain(resumed) == plain(whole)
+    with pytest.raises(ValueError, match=r"objective: .*\[3, s projected\].* saved, .* now"):
+        distill(net(), teacher, out=tmp_path, resume=True, epochs=4, losses=[0.2 * kd.CrossEntropy(), 0.8 * kd.SoftKL(T=2)])
+
+
+def test_projectors_are_saved_and_loaded(teacher, tmp_path):
+    run = distill(net(), teacher, losses=feature_losses(), epochs=1, out=tmp_path / "run")
+    kd.load(tmp_path / "run", net()).save(tmp_path / "copy") # a run that was loaded without its losses keeps their weights
+    objective = kd.build(sum(feature_losses()), net(), teacher, data().tensors[0])
+    back = kd.load(tmp_path / "copy", net(), teacher, losses=objective)
+    assert fingerprint(back.objective) == fingerprint(run.objective) and back.history == run.history
+    with pytest.raises(ValueError, match=r"losses= are not those of the run, .*\[3, s projected\]"): kd.load(tmp_path / "run", net(), losses=kd.Hint(project=nn.Linear(2, 2)).on("3"))
+
+
+def test_a_teachers_adapter_trains(teacher):
+    adapter = nn.Linear(32, 8)
+    before = adapter.weight.detach().clone()
+    distill(net(), teacher, losses=kd.SoftKL() + kd.Hint(project_teacher=adapter).on("3"), epochs=1)
+    assert not torch.equal(adapter.weight, before) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_losses_on_logits_need_no_layers(teacher):
+    run = distill(net(), teacher, losses=kd.DIST() + 0.1 * kd.CrossEntropy(), epochs=2)
+    assert set(run.history[0]["terms"]) == {"DIST", "CrossEntropy"}
+    assert distill(net(), teacher, train=loader(labels=False), losses=kd.DIST(), epochs=1).finished
+
+
+def test_an_early_exit_learns_from_labels_and_from_the_head(teacher):
+    class Exits(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(0); self.body, self.exit, self.head = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x): h = self.body(x).relu(); return {"logits": self.head(h), "early": self.exit(h)}
+
+    early = 0.5 * kd.CrossEntropy().on("exit") + kd.SoftKL().on(student="exit", teacher="4")
+    run = distill(Exits(), teacher, train=loader(n=256, seed=1), losses=[kd.CrossEntropy(), early], epochs=10, lr=0.02)
+    assert list(run.history[0]["terms"]) == ["CrossEntropy", "CrossEntropy exit", "SoftKL exit/4"]
+    assert run.history[-1]["terms"]["CrossEntropy exit"] < 0.8 * run.history[0]["terms"]["CrossEntropy exit"]
+    alone = distill(Exits(), None, losses=[kd.CrossEntropy(), 0.5 * kd.CrossEntropy().on("exit")], epochs=1)
+    assert set(alone.history[0]["terms"]) == {"CrossEntropy", "CrossEntropy exit"}
+
+
+def test_callbacks_may_use_the_models(teacher):
+    seen = []
+
+    def look(run):
+        seen.append(kd.predict(run.student, loader())[0].shape)
+        twin = copy.deepcopy(run.student)
+        for _ in range(2): twin(torch.zeros(2, 6)), run.student(torch.zeros(2, 6)), kd.frozen(run.teacher)(torch.zeros(2, 6))
+
+    one, other = (distill(net(), teacher, losses=feature_losses(), epochs=2, callbacks=c) for c in ([look], []))
+    assert len(seen) == 2 and fingerprint(one.student) == fingerprint(other.student)
+
+
+def test_random_states_of_the_caller_with_projectors(teacher):
+    train, student = loader(), net()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    distill(student, teacher, train=train, losses=feature_losses(), epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_optimizer_must_hold_the_projectors(teacher):
+    student = net()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer= does not hold the parameters of the losses.*kd.build"):
+        distill(student, teacher, losses=feature_losses(), optimizer=optimizer)
+    objective = kd.build(sum(feature_losses()), student, teacher, data().tensors[0])
+    optimizer.add_param_group({"params": list(objective.parameters())})
+    before = fingerprint(objective)
+    distill(student, teacher, losses=objective, optimizer=optimizer, scheduler=None, epochs=1)
+    assert fingerprint(objective) != before
+
+
+def test_a_stream_of_batches_needs_projectors_that_are_made(teacher):
+    stream = lambda: iter(list(loader()))
+    with pytest.raises(ValueError, match="train can be read only once.*kd.build"): distill(net(), teacher, train=stream(), losses=feature_losses(), epochs=1)
+    objective = kd.build(sum(feature_losses()), net(), teacher, data().tensors[0])
+    assert distill(net(), teacher, train=stream(), losses=objective, epochs=1).finished
+
+
+def test_layers_are_released_when_a_run_fails(teacher):
+    student, before = net(), fingerprint(teacher)
+    with pytest.raises(ValueError, match=r"on\(student='0', teacher='3'\): hint needs features of the same shape|Hint.*on.*hint needs"):
+        distill(student, teacher, losses=kd.Hint().on(student="0", teacher="3"), epochs=1)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*student.modules(), *teacher.modules())) and fingerprint(teacher) == before
+
+
+def test_a_compiled_student_and_teacher(teacher):
+    compiled = lambda model: torch.compile(model, backend="eager")
+    one = distill(compiled(net()), compiled(teacher), losses=feature_losses(), epochs=2)
+    other = distill(net(), teacher, losses=feature_losses(), epochs=2)
+    for a, b in zip(one.student.state_dict().values(), other.student.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# models and batches of any kind
+
+class Output:
+    "As the output objects of Hugging Face."
+    def __init__(self, logits, hidden): self.logits, self.hidden_states = logits, (hidden,)
+
+
+class Foreign(nn.Module):
+    "Somebody's model: keyword arguments in, something with logits out."
+    def __init__(self, model, kind): super().__init__(); self.model, self.kind = model, kind
+
+    def forward(self, pixels, scale):
+        z = self.model(pixels * scale)
+        return {"tuple": (z,), "dict": {"hidden": pixels, "logits": z}, "object": Output(z, pixels), "tensor": z}[self.kind]
+
+
+class AsDicts(torch.utils.data.Dataset):
+    def __init__(self, label): self.data, self.label = data(), label
+    def __len__(self): return len(self.data)
+    def __getitem__(self, i): return {"pixels": self.data[i][0], "scale": torch.ones(1), self.label: self.data[i][1], "id": i}
+
+
+@pytest.mark.parametrize("kind, label", [("tensor", "labels"), ("tuple", "label"), ("dict", "y"), ("object", "target")])
+def test_models_and_batches_of_any_kind(teacher, kind, label):
+    pick = lambda names: [l if l.bound is None else l.on(student=f"model.{l.bound.student}", teacher=names + l.bound.teacher)
+                          for l in (kd.SoftKL(), kd.Hint(project="auto").on("3"))]
+    train = DataLoader(AsDicts(label), 16, shuffle=True)
+    run = distill(Foreign(net(), kind), Foreign(teacher, "dict"), train=train, valid=train, losses=[kd.CrossEntropy(), *pick("model.")], epochs=2)
+    plain = distill(net(), teacher, valid=loader(), losses=[kd.CrossEntropy(), kd.SoftKL(), kd.Hint(project="auto").on("3")], epochs=2)
+    assert fingerprint(run.student.model) == fingerprint(plain.student)
+    assert run.history[-1]["valid_accuracy"] == pytest.approx(plain.history[-1]["valid_accuracy"]) and "inputs" not in run.outputs
+    logits, labels = kd.predict(run.student, DataLoader(AsDicts(label), 16))
+    torch.testing.assert_close(logits, kd.predict(plain.student, DataLoader(data(), 16))[0])
+    assert torch.equal(labels, data().tensors[1])
+
+
+def test_forward_says_how_to_call_a_model(teacher):
+    class Features(nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x): h = self.model[:4](x); return h, self.model[4](h)
+
+    forward, rows = lambda model, x: model(x)[1], DataLoader(data(seed=2), 16)
+    run = kd.distill(Features(net()), Features(teacher), loader(), loader(seed=2), epochs=2, forward=forward, progress=False)
+    plain = distill(net(), teacher, epochs=2)
+    assert fingerprint(run.student.model) == fingerprint(plain.student) and run.history[-1]["valid_loss"] == plain.history[-1]["valid_loss"]
+    assert torch.equal(kd.predict(run.student, rows, forward=forward)[0], kd.predict(plain.student, rows)[0])
+    with pytest.raises(TypeError, match="Features returned a tuple"): kd.predict(run.student, loader())
+
+
+def test_padding_does_not_count_in_losses_on_tokens():
+    class Tokens(nn.Module):
+        def __init__(self, seed): super().__init__(); torch.manual_seed(seed); self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        def forward(self, x, attention_mask): return self.head((self.body(x) * attention_mask[..., None]).sum(1))
+
+    def batch(padding):
+        gen = torch.Generator().manual_seed(0)
+        x, mask = torch.randn(8, 5, 6, generator=gen), (torch.arange(5) < torch.tensor([[5], [3]] * 4)).long()
+        return [{"x": {"x": torch.where(mask[..., None] > 0, x, padding), "attention_mask": mask}, "y": torch.arange(8) % 3}]
+
+    losses = [kd.SoftKL(), kd.Hint().on("body"), kd.Cosine().on("body"), kd.RKD().on("head")]
+    prints = [fingerprint(kd.distill(Tokens(0), Tokens(1), batch(p), losses=losses, epochs=3, progress=False).student) for p in (torch.tensor(0.), torch.tensor(9.))]
+    assert prints[0] == prints[1]
+
+
 # bad input
 
 @pytest.mark.parametrize("kwargs, error, words", [
@@ -271,7 +519,9 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path):
     (dict(epochs=0), ValueError, "epochs must be"),
     (dict(losses=[]), ValueError, "losses= is empty"),
     (dict(losses=[nn.MSELoss()]), TypeError, "kdlab losses"),
-    (dict(losses=kd.SoftKL() + kd.Hint()), ValueError, "features"),
+    (dict(losses=kd.SoftKL() + kd.Hint()), ValueError, r"Hint\(\) compares features: say of which layers.*kd.pair"),
+    (dict(losses=kd.CKA().on("layer3")), ValueError, "Sequential has no layer 'layer3'; the nearest names are"),
+    (dict(train=DataLoader([], 4), losses=kd.Hint(project="auto").on("3")), ValueError, "train has no batches"),
     (dict(valid=None, patience=2), ValueError, "patience"),
     (dict(scheduler="step"), ValueError, "scheduler must be"),
     (dict(train=[("a", "b")]), TypeError, "a batch must be"),
@@ -291,7 +541,7 @@ def test_a_teacher_that_returns_a_tuple(teacher):
 
         def forward(self, x): return self.model(x), x
 
-    with pytest.raises(TypeError, match=r"teacher must be a tensor of logits, got tuple.*output\[0\]"): distill(net(), Tuple())
+    with pytest.raises(TypeError, match=r"Tuple returned a tuple.*output\[0\] \(16, 3\).*forward="): distill(net(), Tuple())
     pick = lambda model, x: model(x)[0] if isinstance(model, Tuple) else model(x)
     one, other = distill(net(), Tuple(), forward=pick), distill(net(), teacher)
     assert fingerprint(one.student) == fingerprint(other.student)

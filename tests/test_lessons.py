@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
 LESSONS = sorted(p for p in NOTEBOOKS if "course" in p.parts)
-API = sorted(p for p in NOTEBOOKS if "api" in p.parts)
+API = sorted(p for p in NOTEBOOKS if {"api", "guides"} & set(p.parts))
 NETWORK = re.compile(r"https?://(?!127\.0\.0\.1|localhost)|urlopen|urlretrieve|requests\.get|[!%]pip\b|\b(wget|curl) ")
 OWN_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|mnt)/|[A-Z]:\\\\")
 NO_ALT = re.compile(r"!\[\s*\]\([^)]*\)|<img(?![^>]*\balt=\"[^\"]+\")[^>]*>")

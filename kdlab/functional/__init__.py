@@ -5,9 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #9b0d5986
+# %% ../../nbs/api/functional/00_functional.ipynb #bc89b6ea
 from .divergences import (
     forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
+from .logits import binary_forward_kl, nkd, standardize
+from .ranking import kendall, soft_rank, soft_spearman, spearman, top_k_overlap
+from .labels import cross_entropy, smooth_labels, teacher_free, virtual_teacher
+from .row_weights import confidence_weight, difficulty_weight, entropy_weight
 from .features import attention_transfer, channel_kl, cosine, hint
 from .relations import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
 from kdlab.functional.linear import (
@@ -15,8 +19,11 @@ from kdlab.functional.linear import (
     linear_total_variation)
 from .sparse import TopK, sparse_forward_kl, sparse_reverse_kl, top_k
 
-# %% ../../nbs/api/functional/00_functional.ipynb #e3cb506b
+# %% ../../nbs/api/functional/00_functional.ipynb #c453ecec
 __all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
+           "binary_forward_kl", "nkd", "standardize", "kendall", "soft_rank", "soft_spearman", "spearman", "top_k_overlap",
+           "cross_entropy", "smooth_labels", "teacher_free", "virtual_teacher",
+           "confidence_weight", "difficulty_weight", "entropy_weight",
            "logit_mse", "attention_transfer", "channel_kl", "cosine", "hint", "cka", "dist", "pkt",
            "rkd", "rkd_angle", "rkd_distance", "similarity",
            "linear_forward_kl", "linear_jsd", "linear_reverse_kl", "linear_skew_kl", "linear_skew_reverse_kl",

@@ -6,20 +6,22 @@
 __all__ = ['question', 'forward_kl', 'reverse_kl', 'check_mix', 'jsd', 'skew_kl', 'skew_reverse_kl', 'total_variation',
            'soft_cross_entropy', 'logit_mse']
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #60d310ca
+# %% ../../nbs/api/functional/02_divergences.ipynb #66edbd60
 import torch
 from torch import Tensor
 from .. import ops
 from .contract import (
-    check_backend, check_logits, check_pair, check_reduction, check_rows, check_temperature, classes_last, pick_target)
+    check_backend, check_logits, check_pair, check_reduction, check_row_temperature, check_rows, classes_last,
+    is_soft_target, pick_target)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #b2af9e89
+# %% ../../nbs/api/functional/02_divergences.ipynb #063ad281
 def _rows(student, teacher, target, mask, row_weight, dim, detach_teacher):
-    "Checked tensors, classes last: student, teacher, target, mask, row_weight."
+    "Checked tensors, classes last: student, teacher, target, mask, row_weight. Probabilities as target pass unused."
     if teacher is None: check_logits("student", student)
     else:
         check_pair(student, teacher)
         teacher = classes_last(teacher.detach() if detach_teacher else teacher, dim)
+    if is_soft_target(target, student): target = None
     student = classes_last(student, dim)
     if target is not None:
         check_rows("target", target, student, "integer")
@@ -28,7 +30,7 @@ def _rows(student, teacher, target, mask, row_weight, dim, detach_teacher):
     if row_weight is not None: check_rows("row_weight", row_weight, student, "float")
     return student, teacher, target, mask, row_weight
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #1d1d4192
+# %% ../../nbs/api/functional/02_divergences.ipynb #4c99db2f
 def question(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor|None, # teacher logits, same shape; None asks for the hard term alone
@@ -44,12 +46,11 @@ def question(
     mix:float=0.0, # its beta or alpha; for logit_mse 1 to centre
 )->tuple[tuple, ops.Question]: # (student, teacher, target, mask, row_weight), and what to compute
     "Check every argument of a loss on rows of logits and put the question that `ops` answers."
-    check_temperature(T)
     check_reduction(reduction, normalizer)
     check_backend(backend)
-    target = pick_target(target, labels)
-    if target is None and hard_weight is not None: raise ValueError("cross-entropy needs labels: pass target=")
-    rows = _rows(student, teacher, target, mask, row_weight, dim, detach_teacher)
+    rows = _rows(student, teacher, pick_target(target, labels), mask, row_weight, dim, detach_teacher)
+    check_row_temperature(T, rows[0])
+    if hard_weight is not None and rows[2] is None: raise ValueError("cross-entropy needs labels: pass target=")
     hard, soft = hard_weight is not None, teacher is not None
     return rows, ops.Question(T, t_squared, soft_weight if soft else 0., hard_weight if hard else 0., ignore_index,
                               reduction, normalizer, hard, soft, kind, mix)
@@ -67,14 +68,14 @@ def _divergence(kind:str, mix:float, student, teacher, target, *, labels, T, t_s
                        detach_teacher=detach_teacher, backend=backend, kind=kind, mix=mix)
     return ops.answer(*rows, q, backend)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #6aaab099
+# %% ../../nbs/api/functional/02_divergences.ipynb #e0dd8f72
 def forward_kl(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape; stored log-probabilities serve as well (softmax undoes a shift)
     target:Tensor|None=None, # labels, (...), used only to leave out rows equal to `ignore_index`
     *,
     labels:Tensor|None=None, # `target` under its language-model name
-    T:float|Tensor=1.0, # temperature, > 0; divides both logits
+    T:float|Tensor=1.0, # temperature, > 0; divides both logits. A tensor may be learnable, or hold one number a row, (...)
     t_squared:bool=True, # multiply by T²
     dim:int=-1, # the class dimension; 1 for dense prediction
     mask:Tensor|None=None, # bool, (...); True counts

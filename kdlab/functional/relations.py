@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['check_coupled', 'check_samples', 'similarity', 'rkd_distance', 'rkd_angle', 'rkd', 'pkt', 'cka', 'dist']
 
-# %% ../../nbs/api/functional/04_relations.ipynb #c9605be6
+# %% ../../nbs/api/functional/04_relations.ipynb #78983c92
 import torch
 from torch import Tensor
 from .. import relation_ops
-from .contract import check_backend, check_pair, check_rows, check_temperature, classes_last, pick_target
+from .contract import (
+    check_backend, check_pair, check_rows, check_temperature, check_weight, classes_last, pick_target)
 from .features import check_mask
 
 # %% ../../nbs/api/functional/04_relations.ipynb #fda8a4ef
@@ -158,7 +159,7 @@ def cka(
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     return _relation(student, teacher, mask, {"cka": 1.}, reduction, detach_teacher, backend)
 
-# %% ../../nbs/api/functional/04_relations.ipynb #219e4f02
+# %% ../../nbs/api/functional/04_relations.ipynb #d9d262bb
 def dist(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -166,6 +167,8 @@ def dist(
     *,
     labels:Tensor|None=None, # `target` under its language-model name
     T:float|Tensor=1.0, # temperature, > 0; divides both logits
+    inter:float=1.0, # weight of the correlation over the classes of a row (the paper's β)
+    intra:float=1.0, # weight of the correlation over the rows of a class (the paper's γ)
     t_squared:bool=True, # multiply by T²
     dim:int=-1, # the class dimension; 1 for dense prediction
     mask:Tensor|None=None, # bool, (...); True counts
@@ -176,8 +179,8 @@ def dist(
 )->Tensor: # float32 (float64 for float64 logits)
     """1 - Pearson correlation of the probabilities, over the classes of a row plus over the rows of a class, times T².
 
-    L = T² (mean over rows of 1 - ρ(p_s, p_t) + mean over classes of 1 - ρ(p_s, p_t)). Huang et al. 2022 (arXiv:2205.10536),
-    equations 7 to 10, with β = γ = 1. The paper writes no T²; the authors' code multiplies by it, and so do we
+    L = T² (inter · mean over rows of 1 - ρ(p_s, p_t) + intra · mean over classes of 1 - ρ(p_s, p_t)). Huang et al. 2022
+    (arXiv:2205.10536), equations 7 to 10; β = inter and γ = intra are 1 in their code. The paper writes no T²; the authors' code multiplies by it, and so do we
     (t_squared=False leaves it out). The code adds 1e-8 to the denominator; a constant row or class counts as uncorrelated
     here, which is its limit.
     Raises TypeError or ValueError, with shapes, for logits that do not match or options that do not exist."""
@@ -187,7 +190,8 @@ def dist(
     check_pair(student, teacher)
     student, teacher = classes_last(student, dim), classes_last(teacher.detach() if detach_teacher else teacher, dim)
     keep = _keep(student, pick_target(target, labels), mask, ignore_index)
-    return relation_ops.dist(student, teacher, keep, T, t_squared, backend)
+    weights = check_weight("inter", inter), check_weight("intra", intra)
+    return relation_ops.dist(student, teacher, keep, T, t_squared, backend, *weights)
 
 # %% ../../nbs/api/functional/04_relations.ipynb #7d919e12
 def _keep(student, target, mask, ignore_index)->Tensor|None:

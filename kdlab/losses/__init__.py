@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #e62169cf
+# %% ../../nbs/api/losses/00_losses.ipynb #a0c577fb
 from .objective import Loss, Objective, Part
 from .divergences import (
     CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
+from kdlab.losses.logits import (
+    BinaryForwardKL, ConfidenceWeighted, DifficultyWeighted, EntropyWeighted, NKD, RowWeighted, SoftSpearman, Standardized,
+    TeacherFree)
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .relations import CKA, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity
 from .linear import (
@@ -16,11 +19,12 @@ from .linear import (
     LinearTotalVariation)
 from .sparse import SparseForwardKL, SparseReverseKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #49fee143
+# %% ../../nbs/api/losses/00_losses.ipynb #b6dcc3a8
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE",
            "LinearForwardKL", "LinearJSD", "LinearReverseKL", "LinearSkewKL", "LinearSkewReverseKL",
-           "LinearSoftCrossEntropy", "LinearTotalVariation",
-           "SparseForwardKL", "SparseReverseKL",
+           "LinearSoftCrossEntropy", "LinearTotalVariation", "SparseForwardKL", "SparseReverseKL",
+           "BinaryForwardKL", "ConfidenceWeighted", "DifficultyWeighted", "EntropyWeighted", "NKD", "RowWeighted",
+           "SoftSpearman", "Standardized", "TeacherFree",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
            "CKA", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]

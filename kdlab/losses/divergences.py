@@ -6,13 +6,15 @@
 __all__ = ['Divergence', 'ForwardKL', 'SoftKL', 'ReverseKL', 'TotalVariation', 'SoftCrossEntropy', 'JSD', 'SkewKL',
            'SkewReverseKL', 'LogitMSE', 'CrossEntropy']
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #a027a4fe
+# %% ../../nbs/api/losses/02_divergences.ipynb #4249cdf1
 import re
-from ..functional.contract import check_temperature
+import torch
+from ..functional.contract import check_temperature, pick_target
 from ..functional.divergences import check_mix
-from .objective import Number, RowLoss
+from ..functional.labels import check_smoothing, cross_entropy
+from .objective import Number, Part, RowLoss, shown
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #b61ad6f5
+# %% ../../nbs/api/losses/02_divergences.ipynb #c42bb964
 class Divergence(RowLoss):
     """A divergence at temperature T between teacher and student; see the function `term` in `kdlab.functional`.
 
@@ -35,12 +37,13 @@ class Divergence(RowLoss):
         check_temperature(T)
         self.T, self.t_squared = T, t_squared
 
-    def extra_repr(self): return f"T={self.T:g}" + ("" if self.t_squared else ", t_squared=False")
+    def extra_repr(self): return f"T={shown(self.T):g}" + ("" if self.t_squared else ", t_squared=False")
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        square = f"{self.T:g}²·" if self.t_squared and self.T != 1 else ""
-        spell = {"P": f"softmax(teacher/{self.T:g})", "Q": f"softmax(student/{self.T:g})"}
+        T = shown(self.T)
+        square = f"{T:g}²·" if self.t_squared and T != 1 else ""
+        spell = {"P": f"softmax(teacher/{T:g})", "Q": f"softmax(student/{T:g})"}
         return square + re.sub(r"\b[PQ]\b", lambda found: spell[found[0]], self.written)
 
 # %% ../../nbs/api/losses/02_divergences.ipynb #1babbc9d
@@ -136,20 +139,53 @@ class LogitMSE(RowLoss):
         "The loss as it is written on paper."
         return "Σ(d - mean d)², d = student - teacher" if self.center else "Σ(student - teacher)²"
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #46135b2c
+# %% ../../nbs/api/losses/02_divergences.ipynb #e9429ca9
 class CrossEntropy(RowLoss):
-    "Cross-entropy of the labels at T = 1. Called as `(student, None, target)` or, in an objective, `(student, teacher, target)`."
+    """Cross-entropy of the labels at T = 1, as `F.cross_entropy` has it; see `kdlab.functional.cross_entropy`.
+
+    Called as `(student, None, target)` or, in an objective, `(student, teacher, target)`; the target holds labels, or
+    probabilities in the shape of the logits. With class weights the mean over labels divides by the sum of their weights."""
     role, term = "hard", "cross_entropy"
 
     def __init__(self,
         *,
-        dim:int=-1, # the class dimension
-        ignore_index:int=-100, # rows with this label do not count
-        reduction:str="mean", # mean, sum or none
-        backend:str="auto", # auto, torch, cpp or cuda
+        weight:torch.Tensor|None=None, # class weights, (C,); a buffer, as in nn.CrossEntropyLoss
+        label_smoothing:float=0.0, # share of the uniform distribution in the target, 0 to 1
+        dim:int=-1, ignore_index:int=-100, reduction:str="mean", backend:str="auto", # as in `Divergence`
     ):
         super().__init__(dim, ignore_index, reduction, True, backend)
+        check_smoothing("label_smoothing", label_smoothing)
+        self.register_buffer("weight", weight)
+        self.label_smoothing = label_smoothing
+
+    def _is_plain(self)->bool: return self.label_smoothing == 0 and self._buffers["weight"] is None
+    def is_ordinary(self)->bool: return self._is_plain() and RowLoss.is_ordinary(self)
+
+    def asks(self, target=None)->bool: # labels alone are the kernel's case
+        return self._is_plain() and not (isinstance(target, torch.Tensor) and target.is_floating_point())
+
+    def _options(self)->dict:
+        return {"weight": self.weight, "label_smoothing": self.label_smoothing, "dim": self.dim,
+                "ignore_index": self.ignore_index, "backend": self.backend}
+
+    def forward(self, student, teacher=None, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
+        target = pick_target(target, labels)
+        given = dict(mask=mask, row_weight=row_weight, normalizer=normalizer)
+        if self.asks(target): return super().forward(student, teacher, target, **given)
+        return cross_entropy(student, target, reduction=self.reduction, **given, **self._options())
+
+    def parts(self, student, teacher=None, target=None, *, labels=None, mask=None)->dict[str, Part]:
+        "The unweighted value of every row, detached."
+        target = pick_target(target, labels)
+        if self.asks(target): return super().parts(student, teacher, target, mask=mask)
+        with torch.no_grad():
+            return {self.term: Part(1., cross_entropy(student, target, mask=mask, reduction="none", **self._options()))}
+
+    def extra_repr(self):
+        own = [] if self.weight is None else [f"weight=({len(self.weight)},)"]
+        return ", ".join(own + [f"label_smoothing={self.label_smoothing:g}"] * (self.label_smoothing != 0))
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        return "CE(labels, student)"
+        smooth = f", smoothed by {self.label_smoothing:g}" if self.label_smoothing else ""
+        return f"CE(labels{smooth}, student)" + (", weighted by class" if self.weight is not None else "")

@@ -5,20 +5,58 @@
 # %% auto #0
 __all__ = ['FeatureLoss', 'Hint', 'AttentionTransfer', 'Cosine', 'ChannelKL']
 
-# %% ../../nbs/api/losses/03_features.ipynb #647a5025
+# %% ../../nbs/api/losses/03_features.ipynb #11c57b29
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ..functional import features
 from ..functional.contract import check_backend, check_reduction, check_temperature
-from .objective import Loss, Number, Part, live
+from .objective import Loss, Number, Part, live, shown
 
-# %% ../../nbs/api/losses/03_features.ipynb #4b4c30e1
-class FeatureLoss(Loss):
-    "A loss on a pair of features: a function and its options."
-    role = "feature"
-
-    def __init__(self, reduction:str, detach_teacher:bool, backend:str):
+# %% ../../nbs/api/losses/03_features.ipynb #5de83918
+class _Projecting(Loss):
+    "A loss with modules that bring features to a common shape."
+    def __init__(self, project, project_teacher):
         super().__init__()
+        if not (project is None or project == "auto" or isinstance(project, nn.Module)):
+            raise TypeError(f"project must be a module, 'auto' or None, got {project!r}")
+        if not (project_teacher is None or isinstance(project_teacher, nn.Module)):
+            raise TypeError(f"project_teacher must be a module or None, got {project_teacher!r}")
+        self.project, self.project_teacher = project, project_teacher
+
+    def pending(self)->bool:
+        "Does it wait for shapes?"
+        return isinstance(self.project, str)
+
+    def made_for(self, student, teacher, projector)->Loss:
+        "A copy for features like these; `projector(student, teacher)` makes a module from their shapes."
+        new = self._at(self.bound)
+        new.project = projector(student, teacher)
+        return new
+
+    def notes(self):
+        sides = (("s", self.project), ("t", self.project_teacher))
+        return super().notes() + [f"{side} projected" for side, module in sides if module is not None]
+
+    def inside(self): return super().inside() + (["project='auto'"] if self.pending() else [])
+
+# %% ../../nbs/api/losses/03_features.ipynb #e518fb28
+def _projected(loss:_Projecting, student, teacher)->tuple:
+    "The features after the projectors, and the options that this changes."
+    if loss.pending():
+        raise RuntimeError(f"{loss!r} has no projector yet. kd.distill makes it; in your own loop, before the optimizer: "
+                           f"objective = kd.build(objective, student, teacher, x), or project=kd.Projector(fs.shape, ft.shape)")
+    if loss.project is not None: student = loss.project(student)
+    if loss.project_teacher is None: return student, teacher, {}
+    teacher = loss.project_teacher(teacher.detach() if loss.detach_teacher else teacher)
+    return student, teacher, {"detach_teacher": False}
+
+# %% ../../nbs/api/losses/03_features.ipynb #b27716d6
+class FeatureLoss(_Projecting):
+    "A loss on a pair of features: a function and its options."
+    role, compares, masks_tokens = "feature", "features", False
+
+    def __init__(self, reduction:str, detach_teacher:bool, backend:str, project=None, project_teacher=None):
+        super().__init__(project, project_teacher)
         check_reduction(reduction, None)
         check_backend(backend)
         self.reduction, self.detach_teacher, self.backend = reduction, detach_teacher, backend
@@ -27,8 +65,13 @@ class FeatureLoss(Loss):
         "The options that the function takes, without the reduction."
         return {"detach_teacher": self.detach_teacher, "backend": self.backend}
 
+    def compare(self, student, teacher, target, **options)->Tensor:
+        "The function, after the projectors."
+        student, teacher, own = _projected(self, student, teacher)
+        return self.function(student, teacher, target, **(self.options() | own), **options)
+
     def forward(self, student, teacher, target=None, *, mask=None):
-        return self.function(student, teacher, target, mask=mask, reduction=self.reduction, **self.options())
+        return self.compare(student, teacher, target, mask=mask, reduction=self.reduction)
 
     def nothing(self, student)->Tensor:
         "0 with a live graph, in the shape of the loss: what it is worth at weight 0."
@@ -38,23 +81,24 @@ class FeatureLoss(Loss):
 
     def parts(self, student, teacher, target=None, *, mask=None)->dict[str, Part]:
         "The unweighted value of every sample, detached."
-        with torch.no_grad():
-            rows = self.function(student, teacher, target, mask=mask, reduction="none", **self.options())
+        with torch.no_grad(): rows = self.compare(student, teacher, target, mask=mask, reduction="none")
         return {self.term: Part(1., rows)}
 
-# %% ../../nbs/api/losses/03_features.ipynb #c4cc1166
+# %% ../../nbs/api/losses/03_features.ipynb #dba5e4af
 class Hint(FeatureLoss):
     "Mean square between features; see `kdlab.functional.hint`. Called as `(student, teacher, target=None, *, mask)`."
-    term, function = "hint", staticmethod(features.hint)
+    term, function, masks_tokens = "hint", staticmethod(features.hint), True
 
     def __init__(self,
         *,
         normalize:bool=False, # divide each sample by its length first
+        project:nn.Module|str|None=None, # maps the student's features to the teacher's shape; "auto" makes it from the shapes
+        project_teacher:nn.Module|None=None, # the same for the teacher's; trains, while the teacher does not
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch, cpp or cuda
     ):
-        super().__init__(reduction, detach_teacher, backend)
+        super().__init__(reduction, detach_teacher, backend, project, project_teacher)
         self.normalize = normalize
 
     def options(self): return super().options() | {"normalize": self.normalize}
@@ -64,12 +108,12 @@ class Hint(FeatureLoss):
         "The loss as it is written on paper."
         return "mean (s/|s| - t/|t|)²" if self.normalize else "mean (s - t)²"
 
-# %% ../../nbs/api/losses/03_features.ipynb #f31d399f
+# %% ../../nbs/api/losses/03_features.ipynb #e79604a6
 class AttentionTransfer(FeatureLoss):
     """Mean square between attention maps; see `kdlab.functional.attention_transfer`.
 
     Called as `(student, teacher, target=None, *, mask)`. A usual weight is 1000."""
-    term, function = "attention_transfer", staticmethod(features.attention_transfer)
+    term, function, masks_tokens = "attention_transfer", staticmethod(features.attention_transfer), True
 
     def __init__(self,
         *,
@@ -83,52 +127,57 @@ class AttentionTransfer(FeatureLoss):
         "The loss as it is written on paper."
         return "mean (u_s/|u_s| - u_t/|u_t|)², u = mean over channels of x²"
 
-# %% ../../nbs/api/losses/03_features.ipynb #fadff786
+# %% ../../nbs/api/losses/03_features.ipynb #763c19e1
 class Cosine(FeatureLoss):
     "1 - cosine between hidden states; see `kdlab.functional.cosine`. Called as `(student, teacher, target=None, *, mask)`."
-    term, function = "cosine", staticmethod(features.cosine)
+    term, function, masks_tokens = "cosine", staticmethod(features.cosine), True
 
     def __init__(self,
         *,
+        project:nn.Module|str|None=None, # maps the student's features to the teacher's shape; "auto" makes it from the shapes
+        project_teacher:nn.Module|None=None, # the same for the teacher's; trains, while the teacher does not
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch, cpp or cuda
     ):
-        super().__init__(reduction, detach_teacher, backend)
+        super().__init__(reduction, detach_teacher, backend, project, project_teacher)
 
     def equation(self)->str:
         "The loss as it is written on paper."
         return "mean (1 - cos(s, t))"
 
-# %% ../../nbs/api/losses/03_features.ipynb #e761eb04
+# %% ../../nbs/api/losses/03_features.ipynb #e62c23e8
 class ChannelKL(FeatureLoss):
     """T² * KL(teacher || student) of each channel over space; see `kdlab.functional.channel_kl`.
 
     Called as `(student, teacher, target=None, *, mask, row_weight, normalizer)`."""
-    term, function = "channel_kl", staticmethod(features.channel_kl)
+    term, function, masks_tokens = "channel_kl", staticmethod(features.channel_kl), True
     T = Number()
 
     def __init__(self,
         T:float=4.0, # temperature, > 0
         *,
         t_squared:bool=True, # multiply by T²
+        project:nn.Module|str|None=None, # maps the student's features to the teacher's shape; "auto" makes it from the shapes
+        project_teacher:nn.Module|None=None, # the same for the teacher's; trains, while the teacher does not
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch, cpp or cuda
     ):
-        super().__init__(reduction, detach_teacher, backend)
+        super().__init__(reduction, detach_teacher, backend, project, project_teacher)
         check_temperature(T)
         self.T, self.t_squared = T, t_squared
 
     def options(self): return super().options() | {"T": live(self, "T"), "t_squared": self.t_squared}
 
     def forward(self, student, teacher, target=None, *, mask=None, row_weight=None, normalizer=None):
-        return self.function(student, teacher, target, mask=mask, row_weight=row_weight, normalizer=normalizer,
-                             reduction=self.reduction, **self.options())
+        return self.compare(student, teacher, target, mask=mask, row_weight=row_weight, normalizer=normalizer,
+                            reduction=self.reduction)
 
-    def extra_repr(self): return f"T={self.T:g}" + ("" if self.t_squared else ", t_squared=False")
+    def extra_repr(self): return f"T={shown(self.T):g}" + ("" if self.t_squared else ", t_squared=False")
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        square = f"{self.T:g}²·" if self.t_squared and self.T != 1 else ""
-        return f"{square}KL(softmax over space of teacher/{self.T:g} ‖ of student/{self.T:g})"
+        T = shown(self.T)
+        square = f"{T:g}²·" if self.t_squared and T != 1 else ""
+        return f"{square}KL(softmax over space of teacher/{T:g} ‖ of student/{T:g})"

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RelationLoss', 'Similarity', 'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CKA', 'DIST']
 
-# %% ../../nbs/api/losses/04_relations.ipynb #eee1d6df
+# %% ../../nbs/api/losses/04_relations.ipynb #9bcc9be1
 import torch
 from ..functional import relations
-from ..functional.contract import check_temperature
+from ..functional.contract import check_temperature, check_weight
 from .features import FeatureLoss
-from .objective import Number, Part, live
+from .objective import Number, Part, live, shown
 
 # %% ../../nbs/api/losses/04_relations.ipynb #5c1f8cba
 class RelationLoss(FeatureLoss):
@@ -53,7 +53,7 @@ class RKDAngle(RelationLoss):
         "The loss as it is written on paper."
         return "mean smoothL1(cos_s - cos_t) over all triangles"
 
-# %% ../../nbs/api/losses/04_relations.ipynb #e363fc45
+# %% ../../nbs/api/losses/04_relations.ipynb #7dcb2d3c
 class RKD(RelationLoss):
     "25 · distances + 50 · angles; see `kdlab.functional.rkd`."
     term, function = "rkd", staticmethod(relations.rkd)
@@ -74,7 +74,7 @@ class RKD(RelationLoss):
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        return f"{self.distance:g}·RKD distance + {self.angle:g}·RKD angle"
+        return f"({self.distance:g}·RKD distance + {self.angle:g}·RKD angle)"
 
 # %% ../../nbs/api/losses/04_relations.ipynb #9f3ddbdc
 class PKT(RelationLoss):
@@ -93,17 +93,20 @@ class CKA(RelationLoss):
         "The loss as it is written on paper."
         return "1 - CKA"
 
-# %% ../../nbs/api/losses/04_relations.ipynb #985b8b1b
+# %% ../../nbs/api/losses/04_relations.ipynb #f933d858
 class DIST(RelationLoss):
     """1 - Pearson correlation over rows plus over classes, times T²; see `kdlab.functional.dist`.
 
     Called as `(student, teacher, target=None, *, labels, mask)`."""
     term, function = "dist", staticmethod(relations.dist)
+    compares = "logits"
     T = Number()
 
     def __init__(self,
         T:float=1.0, # temperature, > 0
         *,
+        inter:float=1.0, # weight of the correlation over the classes of a row
+        intra:float=1.0, # weight of the correlation over the rows of a class
         t_squared:bool=True, # multiply by T²
         dim:int=-1, # the class dimension
         ignore_index:int=-100, # rows with this label do not count
@@ -113,17 +116,23 @@ class DIST(RelationLoss):
     ):
         super().__init__(reduction=reduction, detach_teacher=detach_teacher, backend=backend)
         check_temperature(T)
+        self.inter, self.intra = (check_weight(*w) for w in (("inter", inter), ("intra", intra)))
         self.T, self.t_squared, self.dim, self.ignore_index = T, t_squared, dim, ignore_index
 
     def options(self):
-        return super().options() | {"T": live(self, "T"), "t_squared": self.t_squared, "dim": self.dim, "ignore_index": self.ignore_index}
+        return super().options() | {"T": live(self, "T"), "inter": self.inter, "intra": self.intra, "t_squared": self.t_squared,
+                                    "dim": self.dim, "ignore_index": self.ignore_index}
 
     def forward(self, student, teacher, target=None, *, labels=None, mask=None):
         return self.function(student, teacher, target, labels=labels, mask=mask, reduction=self.reduction, **self.options())
 
-    def extra_repr(self): return f"T={self.T:g}" + ("" if self.t_squared else ", t_squared=False")
+    def extra_repr(self):
+        weights = "" if (self.inter, self.intra) == (1, 1) else f", inter={self.inter:g}, intra={self.intra:g}"
+        return f"T={shown(self.T):g}{weights}" + ("" if self.t_squared else ", t_squared=False")
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        square = f"{self.T:g}²·" if self.t_squared and self.T != 1 else ""
-        return f"{square}(mean over rows of (1 - ρ) + mean over classes of (1 - ρ)), ρ of softmax(·/{self.T:g})"
+        T = shown(self.T)
+        square = f"{T:g}²·" if self.t_squared and T != 1 else ""
+        inter, intra = ("" if w == 1 else f"{w:g}·" for w in (self.inter, self.intra))
+        return f"{square}({inter}mean over rows of (1 - ρ) + {intra}mean over classes of (1 - ρ)), ρ of softmax(·/{T:g})"
