@@ -100,12 +100,12 @@ def _doses(z: Tensor, seed: int, T: float = 8.) -> list[Tensor]:
     return [z, placebos.smoothing(z, T), placebos.permuted_per_sample(z, seed), placebos.permuted_per_class(z, seed),
             placebos.class_mean(z, T)]
 
-# %% ../nbs/api/17_widget_data.ipynb #4c568423
+# %% ../nbs/api/17_widget_data.ipynb #f31f11d2
 def placebo(
     seed: int,
     teacher: nn.Module,
 ) -> dict[str, np.ndarray]:
-    "Accuracy on 40 images and recall of the unseen 3, in percent, for each of `ARMS` at each of `STEPS`."
+    "Scores in percent of `ARMS` at `STEPS`, on 40 images and of the unseen 3; targets of the 40 images, and the images."
     task, loss, out = _shared(), losses.SoftKL(T=8), {}
     settings = dict(same=(_forty(seed), None, 40), unseen=(task.without(3).train, 3, 64))
     for name, (own, label, size) in settings.items():
@@ -113,6 +113,10 @@ def placebo(
         arms = [_hard(own, seed)] + [Arm(own.x, loss, z, seed=seed) for z in doses]
         pupils = [nets.student_mlp(seed=seed) for _ in arms]
         out[f"placebo_{name}"] = _filmed(pupils, arms, STEPS[-1], size, STEPS, lambda z: _score(z, task.test.y, label))
+    few = _forty(seed)
+    soft = [(z / 8).softmax(-1) for z in _doses(_answers(teacher, few.x), seed)]
+    out["placebo_targets"] = torch.stack([F.one_hot(few.y, 10).float(), *soft]).numpy()
+    out["placebo_images"] = few.x[:, 0].numpy()
     return out
 
 # %% ../nbs/api/17_widget_data.ipynb #599332a4

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'to_numpy', 'check_logits',
-           'check_labels', 'check_images', 'check_names', 'check_ids', 'check_index', 'softmax', 'entropy', 'ranking',
-           'top_mass', 'fade', 'series', 'layout', 'are_long', 'class_axis', 'grey_image', 'flat', 'changes', 'slider',
-           'choice', 'toggle', 'button', 'page', 'write_page']
+           'check_labels', 'check_images', 'check_names', 'check_ids', 'check_index', 'check_runs', 'check_pair',
+           'softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'series', 'layout', 'are_long', 'class_axis',
+           'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle', 'button', 'page',
+           'write_page']
 
-# %% ../../nbs/api/figures/00_kit.ipynb #80dcba62
+# %% ../../nbs/api/figures/00_kit.ipynb #5612f205
 import json
 from html import escape
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+from scipy.special import stdtrit
 
 # %% ../../nbs/api/figures/00_kit.ipynb #e741b8b4
 def to_numpy(
@@ -106,6 +108,35 @@ def check_index(
     if not 0 <= i < n:
         raise ValueError(f"{name} must lie in 0..{n - 1}, got {i}")
     return i
+
+# %% ../../nbs/api/figures/00_kit.ipynb #7598edea
+def check_runs(
+    logits,  # (S, N, C): S seeds; (N, C) is one seed
+    name:str="logits",
+) -> np.ndarray:
+    "Logits as float64 (S, N, C) of finite numbers, or a `ValueError` that says what to give."
+    z = to_numpy(logits)
+    z = z if z.ndim == 3 else check_logits(z, name)[None]
+    z = np.stack([check_logits(run, name) for run in z])
+    if not np.isfinite(z).all():
+        raise ValueError(f"{name} hold NaN or infinity in {int((~np.isfinite(z)).any(-1).sum())} rows. Give finite "
+                         "numbers, or leave these rows out of all arrays")
+    return z
+
+
+def check_pair(
+    teacher_logits,  # (S, N, C) or (N, C)
+    student_logits,  # the same shape
+    labels,  # (N,) true classes, the same for all seeds
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Teacher's and student's logits (S, N, C) and labels (N,), or a `ValueError` that says what does not fit."
+    t, s = check_runs(teacher_logits, "teacher_logits"), check_runs(student_logits, "student_logits")
+    if t.shape != s.shape:
+        raise ValueError("teacher_logits and student_logits must have one shape: the same examples and classes; "
+                         f"got {t.shape} and {s.shape}")
+    if labels is None:
+        raise ValueError("labels must hold the true class of each example, (N,) whole numbers")
+    return t, s, check_labels(labels, *t.shape[1:])
 
 # %% ../../nbs/api/figures/00_kit.ipynb #960a724b
 def softmax(
@@ -250,6 +281,35 @@ def changes(
     traces = {i: differ(a, b) for i, (a, b) in enumerate(zip(old["data"], new["data"], strict=True))}
     drop = lambda tree: {k: v for k, v in tree.items() if k != "template"}
     return {i: d for i, d in traces.items() if d}, differ(drop(old["layout"]), drop(new["layout"]))
+
+# %% ../../nbs/api/figures/00_kit.ipynb #9e7a971d
+def interval(
+    runs,  # (S, ...) one entry a seed
+) -> tuple[np.ndarray, np.ndarray]:
+    "Mean over seeds and half the width of its 95% interval (0 for one seed), each (...)."
+    runs = np.asarray(runs, dtype=np.float64)
+    if len(runs) < 2:
+        return runs.mean(0), np.zeros(runs.shape[1:])
+    return runs.mean(0), stdtrit(len(runs) - 1, 0.975) * runs.std(0, ddof=1) / np.sqrt(len(runs))
+
+# %% ../../nbs/api/figures/00_kit.ipynb #d6be9c78
+def seed_band(
+    x,  # (K,) positions
+    runs,  # (S, K) one row a seed
+    name:str,  # in legend and hover
+    i:int,  # which of `series`
+    **parts,  # any further property of both traces, such as xaxis="x2"
+) -> list[dict]:
+    "A line through the means, and the band of their 95% intervals behind it: two traces."
+    (mean, half), look, x = interval(runs), series(i), list(x)
+    around = [*(mean + half), *(mean - half)[::-1]]
+    band = dict(type="scatter", mode="lines", x=x + x[::-1], y=[float(v) for v in around], fill="toself", line_width=0,
+                fillcolor=fade(look["color"], 0.18), hoverinfo="skip", showlegend=False)
+    line = dict(type="scatter", mode="lines+markers", name=name, x=x, y=mean.tolist(), customdata=half.tolist(),
+                line=dict(color=look["color"], dash=look["dash"], width=3),
+                marker=dict(color=look["color"], symbol=look["symbol"], size=9),
+                hovertemplate=f"{name}: %{{y:.1f}} ± %{{customdata:.1f}}<extra></extra>")
+    return [band | parts, line | parts]
 
 # %% ../../nbs/api/figures/00_kit.ipynb #c76aa769
 def slider(name:str, label:str, values:list, texts:list[str] | None=None, late:bool=False) -> dict:
