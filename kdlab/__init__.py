@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #9bdef6a4
+# %% ../nbs/api/00_kdlab.ipynb #fdfc127d
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -36,12 +36,19 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.balance": "TSquaredBalance",
+    "kdlab.widgets.placebo": "PlaceboTeacher",
+    "kdlab.widgets.capacity": "CapacityGap",
+    "kdlab.widgets.transfer": "TransferSet",
+    "kdlab.widgets.precision": "Precision",
+    "kdlab.widgets.kernels": "CompareKernels",
+    "kdlab.widgets.live": "LiveRun",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #d3126c0c
+# %% ../nbs/api/00_kdlab.ipynb #32bc273f
 _MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks").split()
+            "taps tasks timing").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
