@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #9bdef6a4
+# %% ../nbs/api/00_kdlab.ipynb #f87f1ec9
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -35,6 +35,7 @@ _HOMES = {
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.challenge": "Challenge link",
 }
