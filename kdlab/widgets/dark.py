@@ -28,15 +28,32 @@ rows = np.flatnonzero(y == {row})
 behind = rows[np.argsort(-p[rows, {col}], kind="stable")][:12]   # the examples beside the matrix
 """
 
-# %% ../../nbs/api/widgets/10_dark.ipynb #9fad44c4
-class DarkKnowledge(KDWidget):
+# %% ../../nbs/api/widgets/10_dark.ipynb #9a3278c0
+class _Cells(KDWidget):
+    "The state, the matrix at its temperature, and what a click does."
+    T, cluster = Float(4.0).tag(kd=True), Bool(False).tag(kd=True)
+    row, col = Int(0).tag(kd=True), Int(1).tag(kd=True)
+    _now = None
+
+    def numbers(self, T):
+        "The matrix at T; it is kept until T changes."
+        if self._now is None or self._now["T"] != T:
+            self._now = dark_matrix(self.logits, self.labels, T)
+        return self._now
+
+    def point(self, event, points):
+        "A click on a cell looks behind it."
+        cells = [at for trace, at in points if trace == 0]
+        if event == "click" and cells:
+            order, _ = dark_order(self.numbers(self.T), self.cluster, self.classes)
+            self.assign(row=order[cells[0][0]], col=order[cells[0][1]])
+
+# %% ../../nbs/api/widgets/10_dark.ipynb #8cd75918
+class DarkKnowledge(_Cells):
     "What a teacher gives to the wrong classes, ordered by a tree of likeness, with the examples behind each cell."
     title = "Dark-knowledge matrix"
     caption = "Dark cells are pairs of classes that the teacher finds alike. Their images show why."
     page_controls = ("T", "cluster")
-    T, cluster = Float(4.0).tag(kd=True), Bool(False).tag(kd=True)
-    row, col = Int(0).tag(kd=True), Int(1).tag(kd=True)
-    _now = None
 
     def __init__(
         self,
@@ -68,23 +85,10 @@ class DarkKnowledge(KDWidget):
         super().__init__(hide, **start)
         on_points(self.fig, self.point)
 
-    def numbers(self, T):
-        "The matrix at T; it is kept until T changes."
-        if self._now is None or self._now["T"] != T:
-            self._now = dark_matrix(self.logits, self.labels, T)
-        return self._now
-
     def draw(self, T, cluster, row, col):
         return dark_figure(self.numbers(T), cluster, row, col, self.images, self.names, self.ids, self.classes)
 
     def sentence(self, T, cluster, row, col): return dark_sentence(self.numbers(T), cluster, row, col, self.names)
-
-    def point(self, event, points):
-        "A click on a cell looks behind it."
-        cells = [at for trace, at in points if trace == 0]
-        if event == "click" and cells:
-            order, _ = dark_order(self.numbers(self.T), self.cluster, self.classes)
-            self.assign(row=order[cells[0][0]], col=order[cells[0][1]])
 
     def code(self) -> str:
         "Lines of Python that compute the chosen cell and the examples behind it."
