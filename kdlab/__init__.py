@@ -19,6 +19,7 @@ _HOMES = {
                     "SoftCrossEntropy LogitMSE",
     "kdlab.losses.logits": "NKD BinaryForwardKL SoftSpearman TeacherFree Standardized RowWeighted ConfidenceWeighted "
                            "DifficultyWeighted EntropyWeighted",
+    "kdlab.losses.decoupled": "DKD",
     "kdlab.losses.linear": "LinearForwardKL LinearJSD LinearReverseKL LinearSkewKL LinearSkewReverseKL "
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
