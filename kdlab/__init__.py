@@ -40,8 +40,9 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #5b366206
-_MODULES = "adapters calling distilling experiments functional losses nets ops placebos reference taps tasks".split()
+# %% ../nbs/api/00_kdlab.ipynb #d3126c0c
+_MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
+            "taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
