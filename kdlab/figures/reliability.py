@@ -228,7 +228,7 @@ def _axes(curves, size, low, width):
         yaxis5=dict(domain=[0, size], anchor="x5", scaleanchor="x5", constrain="domain", constraintoward="top",
                     **hidden))
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #b90ec6d4
+# %% ../../nbs/api/figures/20_reliability.ipynb #8fd32a51
 def _rule(T, axis):
     "An upright line at the best temperature."
     return dict(type="line", xref=f"x{axis}", yref=f"y{axis} domain", x0=T, x1=T, y0=0, y1=1,
@@ -261,8 +261,8 @@ def reliability_figure(
     traces = [*_diagram(now), *_key(), *_temperature(now, curves, T),
               *_mistakes(now, labels[1::2], None if images is None else images[1::2], names)]
     legend = dict(orientation="h", x=0, y=1, yref="container", yanchor="top", font_size=15)
-    return go.Figure(traces, layout(height, titles, barmode="overlay", showlegend=True, legend=legend,
-                                    shapes=[_rule(best, 3), _rule(best, 4)], margin=dict(l=68, r=16, t=74, b=10), **axes))
+    axes |= dict(shapes=[_rule(best, 3), _rule(best, 4)], legend=legend, margin=dict(l=68, r=16, t=74, b=10))
+    return go.Figure(traces, layout(height, titles, barmode="overlay", showlegend=True, **axes))
 
 # %% ../../nbs/api/figures/20_reliability.ipynb #4c2f2dfb
 def reliability_sentence(
