@@ -61,7 +61,7 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #3530aa25
+# %% ../../nbs/api/widgets/50_gallery.ipynb #7b2bc080
 _FIRST = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
@@ -71,6 +71,10 @@ _FIRST = (
             "Turn T² off and move T from 1 to 20: by what factor does the soft gradient shrink?",
             "Nearly by T². With the factor the soft and the hard term keep their balance when T changes; without it the soft "
             "term falls silent."),
+    Exhibit("dark", "DarkKnowledge", "Which classes look alike to the teacher?",
+            "Which two digits does a good teacher find most alike? Will that change with the temperature?",
+            "The wrong probability is far from even: some cells hold a third of their row, and the images behind them show why. "
+            "As T grows the contrast goes, the order of the wrong classes stays."),
     Exhibit("gap", "TeacherStudentGap", "Where do teacher and student disagree?",
             "The student is a few points behind. Is it behind on every class? Is it ever right where its teacher is wrong?",
             "The gap sits in a few classes and in doubtful images, and some points lie on the student's side.", _of_a_pair),
@@ -82,6 +86,14 @@ _FIRST = (
             "Which teacher's student is best: that of the smallest, a middle or the largest one? Does an assistant help?",
             "Here no: on this task better teachers do not make worse students, the student alone is hard to beat, and an "
             "assistant brings nothing that the intervals can tell. The textbook's effect needs other conditions."),
+    Exhibit("split", "DKDSplit", "What hides inside the soft loss?",
+            "A teacher is 99% sure of the right class: how much of the soft loss is about which other class the image looks like?",
+            "Next to nothing, as KD weighs that part with what the teacher leaves over. DKD gives it a weight of its own, and "
+            "a higher temperature does part of the same."),
+    Exhibit("reliability", "Reliability", "Is the student calibrated?",
+            "It is right in 94 of 100 cases. When it says 99%, may you believe it? Can a temperature after training change "
+            "its accuracy?",
+            "One number, found on other examples, repairs most of what is wrong with the confidence and changes no answer."),
     Exhibit("transfer", "TransferSet", "How much and which data does it take to copy a teacher?",
             "How often does a student agree with its teacher that saw 1000 images of pure noise?",
             "Far more often than by chance, and far less often than one that saw 100 real images; blends and shifted copies "
