@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #513f68e5
+# %% ../nbs/api/00_kdlab.ipynb #1ea34694
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -39,6 +39,7 @@ _HOMES = {
     "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.reliability": "Reliability",
+    "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
