@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #9bdef6a4
+# %% ../nbs/api/00_kdlab.ipynb #513f68e5
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -19,6 +19,7 @@ _HOMES = {
                     "SoftCrossEntropy LogitMSE",
     "kdlab.losses.logits": "NKD BinaryForwardKL SoftSpearman TeacherFree Standardized RowWeighted ConfidenceWeighted "
                            "DifficultyWeighted EntropyWeighted",
+    "kdlab.losses.decoupled": "DKD",
     "kdlab.losses.linear": "LinearForwardKL LinearJSD LinearReverseKL LinearSkewKL LinearSkewReverseKL "
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
@@ -35,7 +36,9 @@ _HOMES = {
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.challenge": "Challenge link",
 }
 

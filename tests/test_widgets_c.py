@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kdlab import timing
 from kdlab.figures import precision
+from kdlab.widgets.kernels import BATCHES, CompareKernels
+from kdlab.widgets.kit import Work
 from kdlab.widgets.precision import Precision
 
 
@@ -50,3 +53,59 @@ def test_precision_tells_another_story_at_other_settings(name, value):
     assert view.panel.error == "" and view.panel.text != before
     view.reset()
     assert view.panel.text == before and view.fig.data[0].y == bars
+
+
+@pytest.fixture
+def kernels():
+    rows = lambda c: [(way, b, c, s * b, 0.9 * s * b, 1.2 * s * b, None if way == "no memory" else 6 * b * c)
+                      for way, s in (("eager", 8e-6), ("core", 1e-6), ("no memory", 4e-6)) for b in BATCHES]
+    return CompareKernels({(c, "float32"): rows(c) for c in (10, 1000)})
+
+
+def test_the_kernels_show_what_was_measured(kernels):
+    assert kernels.panel.error == ""
+    time = {t.name: t.y for t in kernels.fig.data if t.name in ("eager", "core") and t.xaxis != "x2"}
+    assert np.allclose(np.divide(time["eager"], time["core"]), 8)
+    assert "core takes 256 µs and is 8.0 times as fast" in kernels.panel.text
+    assert [t.y for t in kernels.fig.data if t.name == "no memory" and t.xaxis == "x2"] == [(None,) * len(BATCHES)]
+
+
+@pytest.mark.parametrize("name, value", [("batch", 16), ("classes", 10), ("dtype", "bfloat16")])
+def test_the_kernels_follow_their_controls(kernels, name, value):
+    before, sent = kernels.panel.text, []
+    kernels.fig.observe(lambda change: sent.append(change["new"]) if change["new"] else None, "_py2js_update")
+    setattr(kernels, name, value)
+    assert kernels.panel.error == "" and kernels.panel.text != before and len(sent) <= 1
+    assert ("press Measure" in kernels.panel.text) == (name == "dtype")
+    kernels.reset()
+    assert kernels.panel.text == before
+
+
+def test_measuring_is_a_button_that_can_be_stopped():
+    view = CompareKernels(budget=0.0)
+    view._heard(view.panel, {"type": "press", "name": "measure"}, None)
+    assert {m[1] for m in view.measured[1000, "float32"]} == set(BATCHES) and view.panel.busy == ""
+    view.classes = 10
+    work = Work(view, view.measure())
+    work._step(), work._step()
+    assert view.panel.busy and {m[1] for m in view.measured[10, "float32"]} == {BATCHES[0]}
+    work.stop()
+    work.finish()
+    assert view.panel.busy == "" and {m[1] for m in view.measured[10, "float32"]} == {BATCHES[0]}
+
+
+def test_the_kernels_code_runs(kernels, capsys):
+    kernels.assign(batch=16, classes=10)
+    exec(kernels.code(), {})
+    assert capsys.readouterr().out.splitlines()[0].startswith("eager PyTorch ")
+
+
+def test_a_race_wants_rows_and_classes():
+    with pytest.raises(ValueError, match="rows must be at least 1 and classes at least 2; got 0 and 10"): timing.race(0, 10)
+
+
+def test_extra_memory_is_what_a_call_adds():
+    if timing.extra_bytes(lambda: None) is None: pytest.skip("this system does not tell")
+    for megabytes in (8, 64):
+        got = timing.extra_bytes(lambda: torch.ones(megabytes, 2 ** 18)) / 2 ** 20
+        assert abs(got - megabytes) < 1.5

@@ -303,7 +303,7 @@ def _equation(loss:Loss)->str:
     notes = ", ".join(loss.notes())
     return loss.equation() + (f" [{notes}]" if notes else "")
 
-# %% ../../nbs/api/losses/01_objective.ipynb #c9e379f4
+# %% ../../nbs/api/losses/01_objective.ipynb #23e3471d
 class Objective(_Weighted):
     "A weighted sum of losses, called like one loss: `(student, teacher, target)`."
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
@@ -320,7 +320,7 @@ class Objective(_Weighted):
         for group in _groups(self, picked):
             if not group[0][1].asks(picked):
                 own = group[0][1].parts(student, teacher, picked, mask=mask)
-                out |= _part_names({name: Part(float(group[0][0]), part.rows) for name, part in own.items()}, out)
+                out |= _part_names({name: Part(float(group[0][0]) * part.weight, part.rows) for name, part in own.items()}, out)
                 continue
             rows, q = _question(group, student, teacher, target, labels, mask, None, None)
             s, t, y, m, _ = rows
