@@ -227,7 +227,7 @@ def _plan_of(teacher, top_k, T, tail, dtype)->dict:
     return {"teacher": _about(teacher), "fingerprint": fingerprint(teacher), "top_k": top_k, "T": float(T), "tail": tail,
             "dtype": dtype, "shape": None}
 
-# %% ../nbs/api/04_cache.ipynb #a6ae7f8c
+# %% ../nbs/api/04_cache.ipynb #1881cd58
 def store(
     teacher:nn.Module, # asked in eval mode and without gradients, where it is
     loaders:Iterable, # a loader whose batches have ids, or a list of loaders, such as [train, valid]
@@ -245,12 +245,12 @@ def store(
     _positive("shard_rows", shard_rows)
     writer, device = _Writer(Path(folder), _plan_of(teacher, top_k, T, tail, dtype)), device_of(teacher)
     see = frozen(teacher, lambda model, x: ask(model, x, forward))
-    for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
-        for batch in loader:
-            x, sample, sums = split(batch)[0], ids_of(batch, ids), _sums(split(batch)[0])
-            new = writer.new(sample, sums)
-            if new: writer.add(sample[new], sums[new], see(move(x, device)).detach().cpu()[new])
-            if writer.rows >= shard_rows: writer.flush()
+    several = isinstance(loaders, (list, tuple)) and not any(isinstance(b, (Mapping, Tensor)) for b in loaders)
+    for batch in itertools.chain(*loaders) if several else loaders:
+        x, sample, sums = split(batch)[0], ids_of(batch, ids), _sums(split(batch)[0])
+        new = writer.new(sample, sums)
+        if new: writer.add(sample[new], sums[new], see(move(x, device)).detach().cpu()[new])
+        if writer.rows >= shard_rows: writer.flush()
     writer.flush()
     if not writer.shards: raise ValueError("there is nothing to store: the loader has no batches")
     writer.note(complete=True)
@@ -292,9 +292,9 @@ class _Stored:
         "What the teacher said about these samples."
         return _unpacked(self._taken(self._rows(ids), [k for k in self._shards[0] if k not in ("ids", "sums")]))
 
-# %% ../nbs/api/04_cache.ipynb #f4a00fe0
+# %% ../nbs/api/04_cache.ipynb #0bcaa10c
 class Cache(_Stored):
-    "Stored outputs of a teacher: pass it to `kd.distill` as teacher, or ask `cache[ids]`. Made by `store` and `load`."
+    "Stored outputs of a teacher by sample id: `cache[ids]`. Made by `store` and `load`."
     def __repr__(self):
         p = self.plan
         what = "whole logits" if p["top_k"] is None else f"top {p['top_k']} at T={p['T']:g}, tail {p['tail']}"

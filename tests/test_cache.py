@@ -63,7 +63,8 @@ def test_half_formats_keep_the_distance_to_the_top(tmp_path, dtype, bits, shift)
     z = said(teacher)
     back = store(teacher, loader(), tmp_path, dtype=dtype)[data.ids]
     below = z.amax(-1, keepdim=True) - z
-    assert ((back - z).abs() <= below * 2.0**-bits + z.abs() * 2.0**-23).all() and not torch.equal(back, z)
+    assert ((back - z).abs() <= below * 2.0**-bits + z.abs() * 2.0**-23).all()
+    assert shift or not torch.equal(back, z)
 
 
 @pytest.mark.parametrize("tail", sparse_reference.TAILS)
