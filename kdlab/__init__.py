@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #513f68e5
+# %% ../nbs/api/00_kdlab.ipynb #7fcb86a2
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -37,6 +37,7 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.challenge": "Challenge link",
