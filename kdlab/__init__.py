@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #1ea34694
+# %% ../nbs/api/00_kdlab.ipynb #2f6fc0a2
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -37,14 +37,15 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #d3126c0c
-_MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
+# %% ../nbs/api/00_kdlab.ipynb #633ae6c8
+_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
             "taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
