@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #dc80e444
+# %% ../nbs/api/00_kdlab.ipynb #f2c42708
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -47,12 +47,15 @@ _HOMES = {
     "kdlab.widgets.kernels": "CompareKernels",
     "kdlab.widgets.live": "LiveRun",
     "kdlab.widgets.reliability": "Reliability",
+    "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #32bc273f
+# %% ../nbs/api/00_kdlab.ipynb #172122ed
 _MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
             "taps tasks timing").split()
+_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
+            "taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
