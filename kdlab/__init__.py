@@ -51,11 +51,9 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #172122ed
-_MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks timing").split()
+# %% ../nbs/api/00_kdlab.ipynb #b95ee8d0
 _MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks").split()
+            "taps tasks timing").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

@@ -61,7 +61,7 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #7b2bc080
+# %% ../../nbs/api/widgets/50_gallery.ipynb #3acdb054
 _FIRST = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
@@ -90,6 +90,11 @@ _FIRST = (
             "A teacher is 99% sure of the right class: how much of the soft loss is about which other class the image looks like?",
             "Next to nothing, as KD weighs that part with what the teacher leaves over. DKD gives it a weight of its own, and "
             "a higher temperature does part of the same."),
+    Exhibit("match", "LayerMatch", "Which layers of student and teacher correspond?",
+            "Which layers are alike before any training? Does a hint through a projector make the second layers more alike than "
+            "soft targets alone do?",
+            "They correspond by depth: early layers are alike before training, late ones because of it. A hint whose projector "
+            "may turn everything need not change the student."),
     Exhibit("reliability", "Reliability", "Is the student calibrated?",
             "It is right in 94 of 100 cases. When it says 99%, may you believe it? Can a temperature after training change "
             "its accuracy?",
