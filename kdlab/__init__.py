@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #9bdef6a4
+# %% ../nbs/api/00_kdlab.ipynb #69d5507b
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -30,6 +30,7 @@ _HOMES = {
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
     "kdlab.adapters": "Projector build",
+    "kdlab.gaps": "Gap gap",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",
@@ -39,8 +40,8 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #5b366206
-_MODULES = "adapters calling distilling experiments functional losses nets ops placebos reference taps tasks".split()
+# %% ../nbs/api/00_kdlab.ipynb #b573f876
+_MODULES = "adapters calling distilling experiments functional losses measures nets ops placebos reference taps tasks".split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
