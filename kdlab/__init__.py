@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #69d5507b
+# %% ../nbs/api/00_kdlab.ipynb #129c4ff9
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -19,6 +19,7 @@ _HOMES = {
                     "SoftCrossEntropy LogitMSE",
     "kdlab.losses.logits": "NKD BinaryForwardKL SoftSpearman TeacherFree Standardized RowWeighted ConfidenceWeighted "
                            "DifficultyWeighted EntropyWeighted",
+    "kdlab.losses.decoupled": "DKD",
     "kdlab.losses.linear": "LinearForwardKL LinearJSD LinearReverseKL LinearSkewKL LinearSkewReverseKL "
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
@@ -36,12 +37,15 @@ _HOMES = {
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #b573f876
-_MODULES = "adapters calling distilling experiments functional losses measures nets ops placebos reference taps tasks".split()
+# %% ../nbs/api/00_kdlab.ipynb #5c8fcc2f
+_MODULES = ("adapters calling distilling experiments functional losses measures nets ops placebos reference schedules "
+            "taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
