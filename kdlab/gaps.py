@@ -23,7 +23,7 @@ from . import costs, measures
 from .calling import ask, count, device_of, frozen, move, named_tensors, split
 from .taps import Table, Taps, stages
 
-# %% ../nbs/api/08_gaps.ipynb #ee62ba18
+# %% ../nbs/api/08_gaps.ipynb #c34780ff
 def _side(z:Tensor, y:Tensor, wrong:Tensor, dark_T:float)->tuple[dict[str, Tensor], Tensor]:
     "The numbers of one model for logits (N, C), and its softmax at `dark_T`. `y` is -100 where there is no label."
     p, soft = z.softmax(-1), (z / dark_T).softmax(-1)
@@ -36,12 +36,13 @@ def _side(z:Tensor, y:Tensor, wrong:Tensor, dark_T:float)->tuple[dict[str, Tenso
             "nll": where(-pick(z.log_softmax(-1), safe)), "brier": where((p * p).sum(-1) - 2 * true + 1),
             "entropy": torch.special.entr(soft).sum(-1), "dark_entropy": torch.special.entr(others).sum(-1)}, soft
 
+# %% ../nbs/api/08_gaps.ipynb #16e916ee
 def _kl(first:Tensor, second:Tensor, T:float)->Tensor:
     "KL(first || second) of each row, at T; +inf where only the second excludes a class."
     a, b = (first / T).log_softmax(-1), (second / T).log_softmax(-1)
     return torch.where(a > -torch.inf, a.exp() * (a - b), 0.).sum(-1).clamp(min=0.)
 
-# %% ../nbs/api/08_gaps.ipynb #06f40307
+# %% ../nbs/api/08_gaps.ipynb #e0afca15
 def _check_logits(z:Tensor, who:str, n:int)->None:
     "Raise unless these are logits (N, ..., C) of `n` samples."
     shape = tuple(z.shape)
@@ -53,6 +54,7 @@ def _check_logits(z:Tensor, who:str, n:int)->None:
                          f"pass forward=lambda model, x: F.pad(model(x), (1, 0)), which sets the logit of 'no' to 0")
     if not z.is_floating_point(): raise TypeError(f"the {who}'s logits must be floating-point numbers, got {z.dtype}")
 
+# %% ../nbs/api/08_gaps.ipynb #3a9ad403
 def _check_pair(zs:Tensor, zt:Tensor)->None:
     "Raise unless both are about the same classes."
     s, t = tuple(zs.shape), tuple(zt.shape)
@@ -61,6 +63,7 @@ def _check_pair(zs:Tensor, zt:Tensor)->None:
                          f"forward=lambda model, x: model(x)[..., :{min(s[-1], t[-1])}]")
     if s != t: raise ValueError(f"student and teacher gave logits {s} and {t} for one batch: there must be a row for the same things")
 
+# %% ../nbs/api/08_gaps.ipynb #8c3fc574
 def _check_numbers(z:Tensor, who:str, ids)->None:
     "Raise if a row has no softmax. A class at -inf is one that the model excludes."
     bad = z.isnan().any(-1) | z.isposinf().any(-1) | z.isneginf().all(-1)
@@ -99,12 +102,13 @@ def _undisturbed(loader):
         random.setstate(python)
         np.random.set_state(arrays)
 
-# %% ../nbs/api/08_gaps.ipynb #297cecd5
+# %% ../nbs/api/08_gaps.ipynb #7f3c60dd
 def _is_plain(loader)->bool:
     "A DataLoader of PyTorch whose data set has positions?"
     return (type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
             and loader.batch_sampler is not None)
 
+# %% ../nbs/api/08_gaps.ipynb #009acaa9
 def _batches(loader)->Iterable[tuple]: # batches, each with the positions of its samples, or None where nobody knows
     "A pass over a loader that knows what it takes."
     if not _is_plain(loader):
@@ -116,6 +120,7 @@ def _batches(loader)->Iterable[tuple]: # batches, each with the positions of its
                        **{name: getattr(loader, name) for name in same})
     yield from zip(again, order, strict=True)
 
+# %% ../nbs/api/08_gaps.ipynb #2183fc5d
 def _ids(batch, rows, n:int, before:int)->list:
     "Names of the samples of a batch."
     if isinstance(batch, Mapping):
@@ -123,7 +128,7 @@ def _ids(batch, rows, n:int, before:int)->list:
         if found is not None: return found.tolist() if isinstance(found, Tensor) else list(found)
     return list(rows) if rows is not None and len(rows) == n else list(range(before, before + n))
 
-# %% ../nbs/api/08_gaps.ipynb #09a7cfb2
+# %% ../nbs/api/08_gaps.ipynb #238e46df
 def _alike(x:Tensor)->Tensor:
     "Similarities (B, B) of the samples of a batch, from features (B, ...); 0 where all samples are the same."
     x = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
@@ -132,6 +137,7 @@ def _alike(x:Tensor)->Tensor:
         x = torch.where((x - middle).abs() > 1e-6 * middle.abs(), x - middle, 0.)
         return x @ x.mT
 
+# %% ../nbs/api/08_gaps.ipynb #99554646
 class _Eyes:
     "The layers of a model that are looked at while it runs."
     def __init__(self, model, names, x, forward):
@@ -173,6 +179,7 @@ class _Eyes:
     def close(self):
         if self.taps is not None: self.taps.close()
 
+# %% ../nbs/api/08_gaps.ipynb #8617d95f
 def _thin(names:list[str], most:int=12)->list[str]:
     "At most so many names, evenly."
     return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, most).round().astype(int))] if len(names) > most else names
@@ -214,7 +221,7 @@ class _Data:
     inputs: np.ndarray|None # (N, ...) where they are one tensor and small enough to keep
     notes: list[str] # what is absent, and why
 
-# %% ../nbs/api/08_gaps.ipynb #6695c679
+# %% ../nbs/api/08_gaps.ipynb #56f50b8c
 def _flat(data, prefix:str="")->dict:
     "Fields by dotted name."
     out = {}
@@ -223,6 +230,7 @@ def _flat(data, prefix:str="")->dict:
         out |= _flat(value, f"{field.name}.") if dataclasses.is_dataclass(value) else {prefix + field.name: value}
     return out
 
+# %% ../nbs/api/08_gaps.ipynb #fc3c3891
 def _write(path:Path, arrays:dict)->None:
     "Write an npz file in one step: a reader sees the old one or the new one."
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -324,7 +332,7 @@ class _Parts(_Measures):
         self._need_labels("who is right")
         return measures.groups(self.right("teacher"), self.right("student"))
 
-# %% ../nbs/api/08_gaps.ipynb #03369d9e
+# %% ../nbs/api/08_gaps.ipynb #55788546
 class _Summary(_Parts):
     "All measures by name."
     def summary(self)->dict[str, dict[str, tuple]]:
@@ -363,15 +371,17 @@ class _Summary(_Parts):
         times = {who: tuple(1e3 * c["latency"][k] for k in ("median", "low", "high")) for who, c in (("teacher", t), ("student", s))}
         return rows | {"latency": times | {"between": (times["student"][0] / times["teacher"][0], None, None)}}
 
+# %% ../nbs/api/08_gaps.ipynb #cb517a89
 def _share(hits)->tuple: # value, low, high
     low, high = measures.wilson(np.sum(hits), len(hits))
     return float(np.mean(hits)), float(low), float(high)
 
-# %% ../nbs/api/08_gaps.ipynb #54351ff2
+# %% ../nbs/api/08_gaps.ipynb #412402ea
 class Measures(Table):
     "The measures as a table."
     columns = ("", "teacher", "student", "student against teacher")
 
+# %% ../nbs/api/08_gaps.ipynb #d153362a
 def _value(name, value, at)->str:
     "A measure as text."
     v, low, high = value
@@ -421,15 +431,33 @@ class Gap(_Summary):
         head = f"{self.student.name} against {self.teacher.name}, {self.n} samples, {len(self.classes)} classes"
         return f"<p><b>{escape(head)}</b></p>{self.table()._repr_html_()}{notes}"
 
-# %% ../nbs/api/08_gaps.ipynb #11b0fb7d
+# %% ../nbs/api/08_gaps.ipynb #d798088b
+class _Kept:
+    "Arrays of batches that are kept while they are small enough altogether."
+    def __init__(self, most:int): self.most, self.held, self.size = most, {}, {}
+
+    def hold(self, name:str, x:Tensor|None)->None:
+        "Keep what is small enough altogether."
+        if self.held.get(name, []) is None: return
+        self.size[name] = self.size.get(name, 0) + (self.most + 1 if x is None else x.numel() * x.element_size())
+        small = self.size[name] <= self.most
+        self.held[name] = [*self.held.get(name, []), x.detach().cpu().numpy()] if small else None
+
+    def whole(self, name:str)->np.ndarray|None:
+        "What was kept."
+        parts = self.held.get(name)
+        if not parts or len({p.shape[1:] for p in parts}) > 1: return None
+        return np.concatenate(parts)
+
+# %% ../nbs/api/08_gaps.ipynb #f71dfca6
 _MOST_CLASSES = 1000 # of a class similarity matrix
 
-class _Pass:
+class _Pass(_Kept):
     "What is gathered while the loader runs."
     def __init__(self, T:float, dark_T:float, keep:int):
-        self.T, self.dark_T, self.keep = T, dark_T, keep
-        self.rows, self.ids, self.held, self.size, self.sums, self.cka = {}, [], {}, {}, None, measures.StreamingCKA()
-        self.samples, self.classes = 0, None
+        super().__init__(keep)
+        self.T, self.dark_T, self.samples, self.classes = T, dark_T, 0, None
+        self.rows, self.ids, self.sums, self.cka = {}, [], None, measures.StreamingCKA()
 
     def add(self, zs:Tensor, zt:Tensor, y:Tensor|None, ids:list)->None:
         "Take in the logits (N, C) of a batch."
@@ -456,24 +484,12 @@ class _Pass:
         self.sums[who] += torch.zeros(c, c, dtype=soft.dtype, device=soft.device).index_add_(0, wrong, soft).cpu().numpy()
         if who == "teacher": self.sums["count"] += np.bincount(wrong.cpu().numpy(), minlength=c)
 
-    def hold(self, name:str, x:Tensor|None)->None:
-        "Keep what is small enough altogether."
-        if self.held.get(name, []) is None: return
-        self.size[name] = self.size.get(name, 0) + (self.keep + 1 if x is None else x.numel() * x.element_size())
-        small = self.size[name] <= self.keep
-        self.held[name] = [*self.held.get(name, []), x.detach().cpu().numpy()] if small else None
-
-    def whole(self, name:str)->np.ndarray|None:
-        "What was kept."
-        parts = self.held.get(name)
-        if not parts or len({p.shape[1:] for p in parts}) > 1: return None
-        return np.concatenate(parts)
-
+# %% ../nbs/api/08_gaps.ipynb #ad1ad532
 def _wide(z:Tensor)->Tensor:
     "Logits as float64, on the CPU where the device has none."
     return (z.cpu() if z.device.type == "mps" else z).double()
 
-# %% ../nbs/api/08_gaps.ipynb #c3258126
+# %% ../nbs/api/08_gaps.ipynb #f09b8bd0
 def _flatten(zs, zt, y, x, ids:list)->tuple:
     "Logits (N, ..., C) as rows: those that have a label, or where there are no labels those that the attention mask keeps."
     if zt.ndim == 2: return zs, zt, y, ids
@@ -486,6 +502,7 @@ def _flatten(zs, zt, y, x, ids:list)->tuple:
     at = lambda z: z.reshape(-1, z.shape[-1])[rows.to(z.device)]
     return at(zs), at(zt), None if y is None else y.flatten()[rows.to(y.device)], [f"{ids[r // each]}:{r % each}" for r in rows.tolist()]
 
+# %% ../nbs/api/08_gaps.ipynb #3665d46f
 class _Watch:
     "Both models on the batches of a loader."
     def __init__(self, student, teacher, layers, forward, passed:_Pass):
@@ -519,7 +536,7 @@ class _Watch:
     def close(self):
         for eyes in (self.eyes or {}).values(): eyes.close()
 
-# %% ../nbs/api/08_gaps.ipynb #2b5bdd94
+# %% ../nbs/api/08_gaps.ipynb #41a97e04
 def gap(
     student:nn.Module, # any module
     teacher:nn.Module, # any module with the same classes; neither is changed
@@ -555,13 +572,14 @@ def gap(
         if not watch.passed.ids: raise ValueError("the loader has no batches, or no sample in them that counts")
         return _result(watch, class_names, bins, latency)
 
+# %% ../nbs/api/08_gaps.ipynb #95beaae8
 def _bar(loader, progress:bool):
     "The batches with their positions, behind a bar that comes late."
     from tqdm.auto import tqdm
     total = len(loader) if _is_plain(loader) or isinstance(loader, Sequence) else None
     return tqdm(_batches(loader), total=total, desc="gap", unit="batch", delay=2, leave=False, disable=not progress)
 
-# %% ../nbs/api/08_gaps.ipynb #b8f8d403
+# %% ../nbs/api/08_gaps.ipynb #51e58fc5
 def _costs(watch:_Watch, timed:bool, notes:list)->dict[str, dict]:
     "Size, operations and times of both."
     inputs = {who: move(watch.first, device_of(model)) for who, model in watch.models.items()}
@@ -574,6 +592,7 @@ def _costs(watch:_Watch, timed:bool, notes:list)->dict[str, dict]:
         for who in times: out[who]["latency"] = times[who]
     return out
 
+# %% ../nbs/api/08_gaps.ipynb #e2f6b62b
 def _cka(watch:_Watch, notes:list)->tuple[np.ndarray|None, dict[str, list[str]]]:
     "CKA and the names of the layers."
     names = {who: eyes.names for who, eyes in watch.eyes.items()}
@@ -583,7 +602,7 @@ def _cka(watch:_Watch, notes:list)->tuple[np.ndarray|None, dict[str, list[str]]]
     notes.append("CKA is absent: it needs batches of 4 samples or more")
     return None, dict.fromkeys(names, [])
 
-# %% ../nbs/api/08_gaps.ipynb #79f22f20
+# %% ../nbs/api/08_gaps.ipynb #a4b9cdc1
 def _label_notes(labels:np.ndarray)->list[str]:
     "What the labels do not allow."
     known = labels[labels != -100]
@@ -591,11 +610,13 @@ def _label_notes(labels:np.ndarray)->list[str]:
     out = [] if len(known) == len(labels) else [f"{len(known)} of {len(labels)} samples have a label; measures of right and wrong are theirs"]
     return out + ([f"all labels are class {known[0]}: accuracies are those of one class"] if len(set(known.tolist())) == 1 else [])
 
+# %% ../nbs/api/08_gaps.ipynb #d96407f3
 def _names_of(class_names, classes:int)->list[str]:
     names = [str(name) for name in (range(classes) if class_names is None else class_names)]
     if len(names) != classes: raise ValueError(f"class_names must hold {classes} names, one for each class; got {len(names)}")
     return names
 
+# %% ../nbs/api/08_gaps.ipynb #4b0d27d9
 def _result(watch:_Watch, class_names, bins:int, timed:bool)->Gap:
     "The gathered rows as a `Gap`."
     passed = watch.passed
@@ -613,6 +634,7 @@ def _result(watch:_Watch, class_names, bins:int, timed:bool)->Gap:
                classes=_names_of(class_names, passed.classes), T=float(passed.T), dark_T=float(passed.dark_T), bins=bins, cka=cka,
                inputs=passed.whole("inputs"), notes=notes)
 
+# %% ../nbs/api/08_gaps.ipynb #3e061239
 def _similarities(passed:_Pass, notes:list)->dict[str, np.ndarray|None]:
     "Mean softmax of each class; NaN rows where a class has no sample."
     if passed.sums is None:
