@@ -47,7 +47,7 @@ def torch_features(student, teacher, mask, loss:str, reduction:str)->Tensor:
         values = FEATURE_LOSSES[loss][1](s, t)
         return reduce(values, mask, reduction).to(ops._loss_dtype(student, teacher))
 
-# %% ../nbs/api/03_feature_ops.ipynb #5612d00c
+# %% ../nbs/api/03_feature_ops.ipynb #382481d9
 class _Call:
     "One call of the kernel: inputs laid out once."
     __slots__ = "student", "teacher", "mask", "loss", "reduction", "loss_dtype"
@@ -72,7 +72,7 @@ class _Call:
         size = self.student.shape[:1] if self.reduction == "none" else ()
         return torch.empty(size, dtype=self.loss_dtype, device=self.student.device)
 
-    def empty_grad(self)->Tensor: return torch.empty_like(self.student)
+    def empty_grad(self)->Tensor: return ops._empty_grad(self.student.shape, self.student.dtype, self.student.device)
 
 # %% ../nbs/api/03_feature_ops.ipynb #86c8f6ce
 def _shape(x:Tensor)->tuple[int, int, int]:
@@ -151,7 +151,7 @@ def _backward(ctx, grad_out, _):
 
 features_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../nbs/api/03_feature_ops.ipynb #2ab614fb
+# %% ../nbs/api/03_feature_ops.ipynb #2b34c17b
 def _why_not(student:Tensor, teacher:Tensor, cuda:bool)->str|None:
     "Why no compiled kernel can answer, or None."
     why = ops._no_kernels(student, cuda)
@@ -168,6 +168,7 @@ def choose_features(
     has_cuda:bool=False, # has the loss a CUDA kernel?
 )->str: # "cpp", "cuda" or "torch"
     "The backend that will answer."
+    backend = ops.wanted(backend)
     if backend == "torch": return "torch"
     kernels = "cuda" if backend == "cuda" or (backend == "auto" and has_cuda and cuda_ops.on_gpu(student)) else "cpp"
     if kernels == "cuda" and not has_cuda: why = why or "it has no CUDA kernel"

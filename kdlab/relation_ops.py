@@ -13,13 +13,13 @@ from . import ops
 from . import relation_reference as reference
 from .feature_ops import choose_features, widen, without_autocast
 
-# %% ../nbs/api/03_relation_ops.ipynb #b3b898d0
+# %% ../nbs/api/03_relation_ops.ipynb #f492351f
 PIECE = 4096 # columns
 
 def _left_times(M:Tensor, X:Tensor)->Tensor:
     "M X; for long rows piece by piece, where nobody differentiates it."
     if torch.is_grad_enabled() or X.shape[1] <= 2 * PIECE: return M @ X
-    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    out = ops._empty_grad(X.shape, X.dtype, X.device)
     for a, b in zip(X.split(PIECE, 1), out.split(PIECE, 1)): torch.mm(M, a, out=b)
     return out
 
@@ -143,13 +143,13 @@ def torch_dist(student, teacher, keep, T, t_squared:bool, inter:float=1., intra:
         value = reference.stable_dist(s, t, T, keep, inter, intra)
         return (value * T**2 if t_squared else value).to(ops._loss_dtype(student, teacher))
 
-# %% ../nbs/api/03_relation_ops.ipynb #342a4556
+# %% ../nbs/api/03_relation_ops.ipynb #ce93f65f
 def _dist(student, teacher, keep, T, t_squared, need_grad=False, grad_in=None)->tuple[Tensor, Tensor|None]:
     "Value and gradient from the core; the gradient is None if not needed."
     both = torch.promote_types(student.dtype, teacher.dtype)
     (s, s_stride), (t, t_stride) = (ops._rows_of(x.to(both)) for x in (student, teacher))
     out = torch.empty((), dtype=ops._loss_dtype(s, t))
-    grad = torch.empty(s.shape, dtype=both) if need_grad else None
+    grad = ops._empty_grad(s.shape, both, s.device) if need_grad else None
     keep = None if keep is None else keep.contiguous()
     T, cols = float(T), s.shape[-1]
     ops._C.dist(s.data_ptr(), t.data_ptr(), *map(ops._address, (keep, grad_in, grad, out)), ops._CODES[both],

@@ -112,13 +112,42 @@ def test_gradients_are_recycled_and_not_copied(dtype, mask):
     assert now["fresh"] == start["fresh"] + 1 and now["reused"] == start["reused"] + 2
 
 
-def test_a_gradient_that_somebody_holds_is_left_alone():
-    s, t = pair(130, 20000)
+f = kd.functional
+FEATURES = {"hint": f.hint, "normalised hint": lambda s, t: f.hint(s, t, normalize=True),
+            "attention": f.attention_transfer, "channel_kl": f.channel_kl,
+            "cosine": lambda s, t: f.cosine(s.flatten(1), t.flatten(1)), "similarity": f.similarity,
+            "dist": lambda s, t: f.dist(s.flatten(1), t.flatten(1))}
+
+
+@pytest.mark.parametrize("loss, dtype", [
+    (loss, dtype) for loss in FEATURES for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if loss != "similarity" or dtype == torch.float32]) # that of similarity is made in float32 and then rounded
+def test_gradients_of_features_are_recycled_and_not_copied(loss, dtype):
+    s, t = pair(10, 16, 160, 100, dtype=dtype)
     s.requires_grad_()
-    first, = torch.autograd.grad(forward_kl(s, t), s)
-    copy = first.clone()
-    second, = torch.autograd.grad(forward_kl(s, t, T=4.0), s)
-    assert second.data_ptr() != first.data_ptr() and torch.equal(first, copy)
+    places, start = [], _C.pool()
+    for _ in range(3):
+        FEATURES[loss](s, t).backward()
+        places.append(s.grad.data_ptr())
+        s.grad = None
+    now = _C.pool()
+    assert len(set(places)) == 1 and places[0] % (2 * MIB) == 0
+    assert now["fresh"] == start["fresh"] + 1 and now["reused"] == start["reused"] + 2 and now["idle_buffers"] == 1
+
+
+@pytest.mark.parametrize("loss", [forward_kl, *FEATURES.values()], ids=["forward_kl", *FEATURES])
+def test_a_gradient_that_somebody_holds_is_left_alone(loss):
+    s, t = pair(10, 16, 160, 100)
+    s.requires_grad_()
+    first, = torch.autograd.grad(loss(s, t), s)
+    copy, kept = first.clone(), first.flatten()[1:] # a view holds it as well
+    del first
+    second, = torch.autograd.grad(loss(3 * s, t), s)
+    assert second.untyped_storage().data_ptr() != kept.untyped_storage().data_ptr() and torch.equal(kept, copy.flatten()[1:])
+    value = loss(s, t)
+    one, = torch.autograd.grad(value, s, retain_graph=True)
+    two, = torch.autograd.grad(value, s)
+    assert one.data_ptr() != two.data_ptr() and torch.equal(one, two)
 
 
 @pytest.mark.parametrize("limit, idle", [("8", 8), ("9", 8), ("0", 0), ("1000", 24), ("many", 24)])

@@ -12,6 +12,7 @@ from .divergences import (
 from kdlab.losses.logits import (
     BinaryForwardKL, ConfidenceWeighted, DifficultyWeighted, EntropyWeighted, NKD, RowWeighted, SoftSpearman, Standardized,
     TeacherFree)
+from .decoupled import DKD
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .maps import (
     ActivationBoundary, FactorTransfer, Fourier, FSP, HierarchicalContext, ICKD, Imitation, NST, Overhaul)
@@ -26,7 +27,7 @@ __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE",
            "LinearForwardKL", "LinearJSD", "LinearReverseKL", "LinearSkewKL", "LinearSkewReverseKL",
            "LinearSoftCrossEntropy", "LinearTotalVariation", "SparseForwardKL", "SparseReverseKL",
-           "BinaryForwardKL", "ConfidenceWeighted", "DifficultyWeighted", "EntropyWeighted", "NKD", "RowWeighted",
+           "BinaryForwardKL", "ConfidenceWeighted", "DKD", "DifficultyWeighted", "EntropyWeighted", "NKD", "RowWeighted",
            "SoftSpearman", "Standardized", "TeacherFree",
            "ActivationBoundary", "FactorTransfer", "Fourier", "FSP", "HierarchicalContext", "ICKD", "Imitation", "NST", "Overhaul",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
