@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #d1066097
+# %% ../nbs/api/00_kdlab.ipynb #a324eae8
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -41,11 +41,12 @@ _HOMES = {
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.reliability": "Reliability",
+    "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #d3126c0c
-_MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
+# %% ../nbs/api/00_kdlab.ipynb #633ae6c8
+_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
             "taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
