@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #9bdef6a4
+# %% ../nbs/api/00_kdlab.ipynb #2f6fc0a2
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -19,6 +19,7 @@ _HOMES = {
                     "SoftCrossEntropy LogitMSE",
     "kdlab.losses.logits": "NKD BinaryForwardKL SoftSpearman TeacherFree Standardized RowWeighted ConfidenceWeighted "
                            "DifficultyWeighted EntropyWeighted",
+    "kdlab.losses.decoupled": "DKD",
     "kdlab.losses.linear": "LinearForwardKL LinearJSD LinearReverseKL LinearSkewKL LinearSkewReverseKL "
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
@@ -35,12 +36,17 @@ _HOMES = {
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.reliability": "Reliability",
+    "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #5b366206
-_MODULES = "adapters calling distilling experiments functional losses nets ops placebos reference taps tasks".split()
+# %% ../nbs/api/00_kdlab.ipynb #633ae6c8
+_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
+            "taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

@@ -80,8 +80,8 @@ def build(
     made = {id(l): l.made_for(read(ours, l.bound.student), read(theirs, l.bound.teacher), Projector) for l in waiting}
     return Objective([(w, made.get(id(loss), loss)) for w, loss in terms])
 
-# %% ../nbs/api/03_adapters.ipynb #7fc33f99
-def _waits(loss:Loss)->bool: return loss.role == "feature" and loss.pending()
+# %% ../nbs/api/03_adapters.ipynb #61f49f9b
+def _waits(loss:Loss)->bool: return loss.pending()
 
 def _as_list(names)->list[str]: return [names] if isinstance(names, str) else list(names)
 
@@ -91,7 +91,8 @@ def _expanded(loss:Loss, student, teacher)->Loss:
     written = {side: _as_list(bound) for side, bound in zip(("student", "teacher"), loss.bound) if bound is not None}
     if "teacher" in written and teacher is None: raise ValueError(f"{loss!r} compares with a teacher, got teacher=None")
     models = {"student": student, "teacher": teacher}
-    found = {side: [name for n in names for name in resolve(models[side], n)] for side, names in written.items()}
+    named = lambda model, name: resolve(model, name) if isinstance(model, nn.Module) else [name] # a source has names of its own
+    found = {side: [name for n in names for name in named(models[side], n)] for side, names in written.items()}
     return loss if found == written else loss.on(**found)
 
 def _look(model, bound:list, x, forward)->dict:

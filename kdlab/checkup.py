@@ -87,8 +87,9 @@ def _torch()->tuple[object, Fact]: # the module or None, and what to say about i
         repair = f'pip install --force-reinstall "{NEEDED[0]}"'
         return None, Fact("torch", "missing", f"{fact.text} is installed but does not load: {e}", repair)
 
-# %% ../nbs/api/10_checkup.ipynb #7992c653
+# %% ../nbs/api/10_checkup.ipynb #9f85b1ba
 _BUILD = "with a C++ compiler, KDLAB_EXT=1 pip install . in the source folder builds it"
+_ASKED = {"torch": "plain torch", "cpp": "compiled core and nothing else", "cuda": "CUDA kernels and nothing else"}
 
 
 def _core()->list[Fact]:
@@ -104,8 +105,10 @@ def _core()->list[Fact]:
     openmp = Fact("OpenMP", "ok", f"yes, threads in use: {ops.threads()} of {os.cpu_count()} processors")
     if not info["openmp"]: openmp = Fact("OpenMP", "note", "no, so the core runs on one thread")
     isa = info["isa"] + (f"; this machine also runs {others}" if others else "")
-    return [Fact("backend", "ok", f"compiled core, built by compiler {info.get('compiler', 'of unknown version')}"),
-            Fact("instruction set", "ok", isa), openmp]
+    asked = ops.wanted("auto")
+    if asked == "auto": live = Fact("backend", "ok", f"compiled core, built by compiler {info.get('compiler', 'of unknown version')}")
+    else: live = Fact("backend", "note", f"{_ASKED[asked]}, because KDLAB_BACKEND={asked}", "unset KDLAB_BACKEND to let kdlab choose")
+    return [live, Fact("instruction set", "ok", isa), openmp]
 
 
 def _cuda(torch)->Fact:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'predict', 'Run', 'load', 'distill']
 
-# %% ../nbs/api/04_distilling.ipynb #af5475c2
+# %% ../nbs/api/04_distilling.ipynb #9f66419d
 import contextlib
 import hashlib
 import json
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .adapters import build
 from .calling import ask, count, device_of, frozen, move, split
 from .losses import CrossEntropy, Loss, Objective, SoftKL
-from .terms import Watched, bound_names, has_unlabelled, weigh
+from .terms import Answers, Source, Watched, bound_names, has_unlabelled, is_source, scheduled, weigh
 
 # %% ../nbs/api/04_distilling.ipynb #531a4116
 def fingerprint(
@@ -147,13 +147,13 @@ class Run:
         if self.best: lines.append(f"  best     epoch {self.best['epoch']}: {self.best['monitor']} {self.best['value']:.4f}")
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
-# %% ../nbs/api/04_distilling.ipynb #8f8fcfe9
+# %% ../nbs/api/04_distilling.ipynb #f6eb138f
 def _row(entry:dict)->str:
     "An epoch of the history as text."
     return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
-                     if k not in ("lr", "seconds", "terms"))
+                     if k not in ("lr", "seconds", "terms", "scheduled"))
 
-# %% ../nbs/api/04_distilling.ipynb #f62a9ee6
+# %% ../nbs/api/04_distilling.ipynb #284706e7
 def load(
     folder:str|Path, # where `run.save` or `kd.distill(out=...)` wrote
     student:nn.Module|None=None, # a model to fill; not needed for nets from `kd.nets`
@@ -168,7 +168,7 @@ def load(
         done, epochs = len(state["history"]), state["plan"]["epochs"]
         raise ValueError(f"the run in {folder} is unfinished ({state['status']}, {done} of {epochs} epochs). Continue it "
                          f"with kd.distill(..., out={str(folder)!r}, resume=True), or load it as it is with unfinished=True")
-    if teacher is not None and fingerprint(teacher) != state["plan"]["teacher_fingerprint"]:
+    if teacher is not None and _digest(teacher) != state["plan"]["teacher_fingerprint"]:
         raise ValueError("teacher= is not the model that taught this run: its weights differ")
     run = Run(_fill(student, state), teacher, _filled(losses, teacher, state), state["plan"])
     run._loss_weights = state["objective"]
@@ -199,9 +199,10 @@ def _fill(model:nn.Module|None, state:dict)->nn.Module:
     except RuntimeError as e: raise ValueError(f"student= does not fit the saved weights: {e}") from None
     return model.eval()
 
-# %% ../nbs/api/04_distilling.ipynb #9f6a5e1c
+# %% ../nbs/api/04_distilling.ipynb #5121921d
 def _as_objective(losses, teacher)->Objective:
     "A loss, a list of losses or nothing, as an objective; Hinton's when nothing is given."
+    if losses is None and is_source(teacher): losses = getattr(teacher, "objective", lambda: None)()
     if losses is None: losses = CrossEntropy() if teacher is None else 0.1 * CrossEntropy() + 0.9 * SoftKL(T=4)
     terms = list(losses) if isinstance(losses, (list, tuple)) else [losses]
     for term in terms:
@@ -213,10 +214,10 @@ def _as_objective(losses, teacher)->Objective:
     if not terms: raise ValueError("losses= is empty; leave it out for 0.1·CrossEntropy + 0.9·SoftKL(T=4)")
     return 1.0 * sum(terms)
 
-# %% ../nbs/api/04_distilling.ipynb #dc55a7a7
+# %% ../nbs/api/04_distilling.ipynb #67bfc227
 def _complete(objective:Objective, student, teacher, train, forward, seed:int)->Objective:
     "The objective with all projectors made, from random numbers of the run's seed."
-    if not any(loss.role == "feature" and loss.pending() for _, loss in objective.terms()): return build(objective, student, teacher)
+    if not any(loss.pending() for _, loss in objective.terms()): return build(objective, student, teacher)
     with _own_chance():
         _seed_epoch(seed, -1, train)
         if iter(train) is train:
@@ -226,22 +227,25 @@ def _complete(objective:Objective, student, teacher, train, forward, seed:int)->
         if x is None: raise ValueError("train has no batches: the data set is empty, or drop_last dropped all of it")
         return build(objective, student, teacher, move(x, device_of(student)), forward=forward)
 
-# %% ../nbs/api/04_distilling.ipynb #8898d798
+# %% ../nbs/api/04_distilling.ipynb #dff52a5e
 class _Trainer:
     "What one run needs while it is running: models on their device, optimizer, scheduler, progress bar."
-    def __init__(self, run:Run, train, valid, optimizer, scheduler, bar):
-        self.run, self.train, self.valid, self.bar = run, train, valid, bar
+    def __init__(self, run:Run, train, valid, optimizer, scheduler, bar, stop=None):
+        self.run, self.train, self.valid, self.bar, self.stop = run, train, valid, bar, stop
         self.optimizer, self.scheduler = optimizer, scheduler
         self.device = device_of(run.student)
         watch = lambda side, **kwargs: Watched(getattr(run, side), bound_names(run.objective, side), run.forward, **kwargs)
-        self.student, self.teacher = watch("student"), None if run.teacher is None else watch("teacher", teacher=True)
+        self.student, self.teacher = watch("student"), None
+        if is_source(run.teacher): self.teacher = Answers(run.teacher, self.device)
+        elif run.teacher is not None: self.teacher = watch("teacher", teacher=True)
+        self.moves = run.objective.moving()
         self.unlabelled = 0 # batches in which a sample had no label
 
     def see(self, batch)->tuple: # what student and teacher showed, inputs, labels, mask of tokens
         "Both models on one batch."
         x, y = split(batch)
         x, y = move(x, self.device), None if y is None else y.to(self.device)
-        ours, theirs = self.student(x), None if self.teacher is None else self.teacher(x)
+        ours, theirs = self.student(x), None if self.teacher is None else self.teacher(x, y, batch)
         return ours, theirs, x, y, x.get("attention_mask") if isinstance(x, Mapping) else None
 
     def epoch(self, epoch:int)->tuple[float, dict]: # mean training loss, and means of its terms
@@ -249,7 +253,10 @@ class _Trainer:
         run, means = self.run, _Means()
         run.student.train()
         run.objective.train()
+        steps = len(self.train) if hasattr(self.train, "__len__") else None
         for step, batch in enumerate(self.train):
+            if self.stop is not None and self.stop(): raise KeyboardInterrupt
+            if self.moves and steps: self.advance(epoch + step / steps)
             ours, theirs, x, y, mask = self.see(batch)
             self.unlabelled += has_unlabelled(y)
             loss, worth = weigh(run.objective, ours, theirs, y, mask)
@@ -263,6 +270,10 @@ class _Trainer:
             self.bar.update()
         if not means.samples: raise ValueError("train has no batches: the data set is empty, or drop_last dropped all of it")
         return means.loss, means.terms
+
+    def advance(self, epochs:float)->None:
+        "Move the schedules to where they stand after so many epochs."
+        if self.moves: self.run.objective.advance(min(1., epochs / self.run.plan["epochs"]))
 
     def close(self)->None:
         "Take the taps out of the models."
@@ -286,33 +297,41 @@ class _Means:
     @property
     def terms(self)->dict[str, float]: return {name: float(total) / n for name, (total, n) in self._terms.items()}
 
-# %% ../nbs/api/04_distilling.ipynb #bc0a05df
+# %% ../nbs/api/04_distilling.ipynb #12f10022
 @torch.no_grad()
 def _evaluate(trainer:_Trainer)->tuple[dict, dict]: # measures, and the arrays behind them
     "Loss, accuracy and agreement with the teacher on the valid set."
-    run, zs, zt, ys, xs, losses = trainer.run, [], [], [], [], []
+    run, zs, zt, said, ys, xs, losses = trainer.run, [], [], [], [], [], []
+    alone = any(loss.role == "self" and w != 0 for w, loss in run.objective.terms())
     run.student.eval()
     run.objective.eval()
     for batch in trainer.valid:
         ours, theirs, x, y, mask = trainer.see(batch)
-        if y is not None or theirs is not None: losses.append((weigh(run.objective, ours, theirs, y, mask)[0], count(x)))
+        if y is not None or theirs is not None or alone: losses.append((weigh(run.objective, ours, theirs, y, mask)[0], count(x)))
         zs.append(ours.logits)
-        zt.append(None if theirs is None else theirs.logits)
+        zt.append(theirs.logits if theirs is not None and isinstance(theirs.logits, Tensor) else None)
+        said.append(None if theirs is None else _top(theirs.logits))
         ys.append(y)
         xs.append(x if isinstance(x, Tensor) else None)
     if not zs: raise ValueError("valid has no batches; leave it out if there is nothing to validate on")
-    arrays = [None if any(p is None for p in parts) else torch.cat(parts).cpu() for parts in (zs, zt, ys, xs)]
-    return _measures(losses, *arrays), _outputs(*arrays)
+    whole = lambda parts: None if any(p is None for p in parts) else torch.cat(parts).cpu()
+    zs, zt, said, y, x = map(whole, (zs, zt, said, ys, xs))
+    return _measures(losses, zs, said, y), _outputs(zs, zt, y, x)
 
-# %% ../nbs/api/04_distilling.ipynb #cedac751
-def _measures(losses, zs, zt, y, x)->dict:
+def _top(said:Tensor|tuple)->Tensor:
+    "The likeliest class, from logits or from a pair (log_probs, ids)."
+    if isinstance(said, Tensor): return said.argmax(-1)
+    return said[1].gather(-1, said[0].argmax(-1, keepdim=True)).squeeze(-1)
+
+# %% ../nbs/api/04_distilling.ipynb #bc3cfd9c
+def _measures(losses, zs, said, y)->dict:
     "What the history keeps of an evaluation."
     total = sum(n for _, n in losses)
     out = {"valid_loss": sum(float(v) * n for v, n in losses) / total} if total else {}
     if y is not None and y.shape == zs.shape[:-1]:
         known = y != -100
         out["valid_accuracy"] = float((zs.argmax(-1) == y)[known].float().mean())
-    if zt is not None: out["valid_agreement"] = float((zs.argmax(-1) == zt.argmax(-1)).float().mean())
+    if said is not None: out["valid_agreement"] = float((zs.argmax(-1) == said).float().mean())
     return out
 
 def _outputs(zs, zt, y, x, limit:int=2**22)->dict:
@@ -320,21 +339,21 @@ def _outputs(zs, zt, y, x, limit:int=2**22)->dict:
     keep = {"student": zs.float(), "teacher": None if zt is None else zt.float(), "labels": y, "inputs": x}
     return {k: v for k, v in keep.items() if v is not None and v.numel() * v.element_size() <= limit}
 
-# %% ../nbs/api/04_distilling.ipynb #b83bafbc
+# %% ../nbs/api/04_distilling.ipynb #fcc51ab9
 def _not_finite(value, epoch, step, ours, theirs, worth)->str:
     "What to say when the loss is no number."
     where = [f"{whose} {what}" for whose, seen in (("student's", ours), ("teacher's", theirs)) if seen is not None
-             for what, x in (("logits", seen.logits), *seen.layers.items()) if not x.isfinite().all()]
+             for what, x in (("logits", seen.logits), *seen.layers.items()) if isinstance(x, Tensor) and not x.isfinite().all()]
     terms = [name for name, x in worth.items() if not x.isfinite().all()]
     cause = (f"the {' and '.join(where)} hold NaN or infinity" if where
              else f"the logits are finite, {' and '.join(terms) or 'the loss'} is not")
     return (f"the loss became {value} in epoch {epoch + 1}, step {step + 1}: {cause}. The weights are those before this "
             f"step. Try a smaller lr, and check the inputs for NaN")
 
-# %% ../nbs/api/04_distilling.ipynb #91ae36ac
+# %% ../nbs/api/04_distilling.ipynb #17b9a195
 def distill(
     student:nn.Module, # trained in place; left in eval mode
-    teacher:nn.Module|None, # asked, never changed; None trains the student alone
+    teacher:nn.Module|Source|None, # asked, never changed; None trains the student alone; anything with `answer`: see `kdlab.terms`
     train:Iterable, # batches: (x, y), x alone where there are no labels, or dicts; read once an epoch
     valid:Iterable|None=None, # batches to measure on after each epoch
     *,
@@ -349,6 +368,7 @@ def distill(
     resume:bool=False, # continue the run in `out`, if there is one
     forward:Callable|None=None, # forward(model, x) -> logits, for models whose logits are not plain; x: inputs of a batch
     callbacks:Iterable[Callable]=(), # each is called with the run after every epoch
+    stop:Callable|None=None, # asked before every step; when it says True, the run ends as after Ctrl-C
     progress:bool=True, # show a progress bar
 )->Run:
     """Train a student to match a frozen teacher (Hinton et al. 2015, arXiv:1503.02531).
@@ -360,17 +380,27 @@ def distill(
     if student is teacher: raise ValueError("student and teacher are one module; a teacher must stay as it is. Copy it first")
     if patience is not None and valid is None: raise ValueError("patience= watches the valid set: pass valid=")
     objective = _as_objective(losses, teacher)
-    if teacher is not None: teacher.to(device_of(student))
-    elif any(loss.role != "hard" for _, loss in objective.terms()): raise ValueError(f"{objective} needs a teacher, got None")
+    if teacher is not None: getattr(teacher, "to", lambda device: None)(device_of(student))
+    elif any(loss.role not in ("hard", "self") for _, loss in objective.terms()): raise ValueError(f"{objective} needs a teacher, got None")
+    if is_source(teacher): _check_source(teacher, objective)
     objective = _complete(objective, student, teacher, train, forward, seed).to(device_of(student))
+    objective.advance(0.)
     run = Run(student, teacher, objective, _plan(student, teacher, objective, epochs, seed, patience), forward)
     optimizer = _optimizer(optimizer, student, objective, lr)
     scheduler = _scheduler(scheduler, optimizer, epochs, train)
     if out is not None: _open(run, Path(out), resume, optimizer, scheduler)
     if run.finished: return run
     with _own_chance(), _bar(run, train, progress) as bar:
-        _train(_Trainer(run, train, valid, optimizer, scheduler, bar), None if out is None else Path(out), callbacks)
+        _train(_Trainer(run, train, valid, optimizer, scheduler, bar, stop), None if out is None else Path(out), callbacks)
     return run
+
+# %% ../nbs/api/04_distilling.ipynb #fa77f006
+def _check_source(source, objective:Objective)->None:
+    "Raise if a loss waits for what a source does not show before the first step."
+    waiting = [loss for _, loss in objective.terms() if loss.pending()]
+    if waiting: raise ValueError(f"{waiting[0]!r} makes its projector from a teacher's layers, and {source.about} is no module: "
+                                 f"pass the module as project=")
+    getattr(source, "check", lambda objective: None)(objective)
 
 # %% ../nbs/api/04_distilling.ipynb #60fe152b
 def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
@@ -396,20 +426,23 @@ def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
         run.objective.eval()
         trainer.optimizer.zero_grad(set_to_none=True) # the last gradients are of no use to anyone
 
-# %% ../nbs/api/04_distilling.ipynb #84514121
+# %% ../nbs/api/04_distilling.ipynb #96684a07
 def _one_epoch(trainer:_Trainer, before:str|None)->None:
     "Train, measure, check the teacher, remember the best."
     run, epoch, start = trainer.run, trainer.run.epoch, time.perf_counter()
     _seed_epoch(run.plan["seed"], epoch, trainer.train)
     redraw = getattr(getattr(trainer.train, "dataset", None), "set_epoch", None)
     if redraw is not None: redraw(epoch)
-    lr = trainer.optimizer.param_groups[0]["lr"]
+    trainer.advance(epoch)
+    lr, moved = trainer.optimizer.param_groups[0]["lr"], scheduled(run.objective)
     loss, terms = trainer.epoch(epoch)
+    trainer.advance(epoch + 1)
     entry = {"epoch": epoch + 1, "train_loss": loss} | ({"terms": terms} if len(run.objective.losses) > 1 else {})
+    if moved: entry["scheduled"] = moved
     if trainer.valid is not None:
         measures, run.outputs = _evaluate(trainer)
         entry |= measures
-    if before is not None and fingerprint(run.teacher) != before:
+    if before is not None and _digest(run.teacher) != before:
         raise RuntimeError(f"the teacher changed in epoch {epoch + 1}. It must stay as it is: does the student share "
                            f"modules with it, or does a callback train it?")
     run.history.append(entry | {"lr": lr, "seconds": round(time.perf_counter() - start, 3)})
@@ -418,13 +451,14 @@ def _one_epoch(trainer:_Trainer, before:str|None)->None:
     _watch(run, entry)
     trainer.bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("train_loss", "valid_accuracy")})
 
-# %% ../nbs/api/04_distilling.ipynb #f2c66807
+# %% ../nbs/api/04_distilling.ipynb #5c94b917
 def _watch(run:Run, entry:dict)->None:
     "Keep the best epoch, and stop when patience is over."
-    monitor = next((m for m in ("valid_accuracy", "valid_loss") if m in entry), None)
+    steady = ("valid_loss",) if "scheduled" not in entry else ("valid_agreement", "valid_loss") # a loss that moves cannot be compared
+    monitor = next((m for m in ("valid_accuracy", *steady) if m in entry), None)
     if monitor is None: return
     value, patience = entry[monitor], run.plan["patience"]
-    better = run.best is None or (value > run.best["value"] if monitor == "valid_accuracy" else value < run.best["value"])
+    better = run.best is None or (value < run.best["value"] if monitor == "valid_loss" else value > run.best["value"])
     if better:
         run.best = {"epoch": entry["epoch"], "monitor": monitor, "value": value}
         if patience is not None: run._best_weights = {k: v.detach().cpu().clone() for k, v in run.student.state_dict().items()}
@@ -444,15 +478,28 @@ def _finish(trainer:_Trainer)->None:
         run.notes.append(f"{trainer.unlabelled} batches had samples without labels: CrossEntropy left those out")
     run._loop = {}
 
-# %% ../nbs/api/04_distilling.ipynb #4da820e1
+# %% ../nbs/api/04_distilling.ipynb #bfdd3f71
 def _plan(student, teacher, objective, epochs, seed, patience)->dict:
     "What the run was asked to do, as plain values that can be saved and compared."
     name = lambda m: getattr(m, "spec", {}).get("net") or type(m).__name__
-    about = lambda m: None if m is None else f"{name(m)}, {sum(p.numel() for p in m.parameters()):,} parameters"
-    return {"objective": objective.equation(), "epochs": epochs, "seed": seed, "patience": patience,
+    about = lambda m: f"{name(m)}, {sum(p.numel() for p in m.parameters()):,} parameters"
+    return {"objective": objective.equation(), "schedules": _course(objective), "epochs": epochs, "seed": seed, "patience": patience,
             "student": about(student), "student_start": fingerprint(student), "student_spec": getattr(student, "spec", None),
-            "teacher": about(teacher),
-            "teacher_fingerprint": None if teacher is None else fingerprint(teacher)}
+            "teacher": None if teacher is None else teacher.about if is_source(teacher) else about(teacher),
+            "teacher_fingerprint": None if teacher is None else _digest(teacher)}
+
+def _digest(teacher)->str:
+    "What tells one teacher from another."
+    return teacher.fingerprint if is_source(teacher) else fingerprint(teacher)
+
+def _course(objective:Objective)->dict:
+    "Where each schedule stands at five moments of the run, to tell it from another of the same name."
+    if not objective.moving(): return {}
+    moments = []
+    for progress in (.25, .5, .75, 1., 0.): # and back to the start
+        objective.advance(progress)
+        moments.append(scheduled(objective))
+    return {name: [moment[name] for moment in moments] for name in moments[0]}
 
 # %% ../nbs/api/04_distilling.ipynb #052c1104
 def _optimizer(choice, student, objective, lr)->torch.optim.Optimizer:

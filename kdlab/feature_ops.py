@@ -151,7 +151,7 @@ def _backward(ctx, grad_out, _):
 
 features_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../nbs/api/03_feature_ops.ipynb #2ab614fb
+# %% ../nbs/api/03_feature_ops.ipynb #2b34c17b
 def _why_not(student:Tensor, teacher:Tensor, cuda:bool)->str|None:
     "Why no compiled kernel can answer, or None."
     why = ops._no_kernels(student, cuda)
@@ -168,6 +168,7 @@ def choose_features(
     has_cuda:bool=False, # has the loss a CUDA kernel?
 )->str: # "cpp", "cuda" or "torch"
     "The backend that will answer."
+    backend = ops.wanted(backend)
     if backend == "torch": return "torch"
     kernels = "cuda" if backend == "cuda" or (backend == "auto" and has_cuda and cuda_ops.on_gpu(student)) else "cpp"
     if kernels == "cuda" and not has_cuda: why = why or "it has no CUDA kernel"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'threads', 'Question', 'torch_rows', 'reduce_rows', 'torch_loss', 'empty_cache', 'soft_kl_op',
-           'soft_kl_backward_op', 'refuse_bad_labels', 'choose', 'answer', 'ordinary', 'row_terms']
+           'soft_kl_backward_op', 'refuse_bad_labels', 'backend_from', 'wanted', 'choose', 'answer', 'ordinary',
+           'row_terms']
 
 # %% ../nbs/api/02_ops.ipynb #8e046094
 import math
@@ -323,7 +324,7 @@ def _backward(ctx, grad_out, _):
 
 soft_kl_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../nbs/api/02_ops.ipynb #c3380b13
+# %% ../nbs/api/02_ops.ipynb #b3076c24
 def _number(x)->Tensor:
     return x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
 
@@ -341,9 +342,22 @@ def refuse_bad_labels(student:Tensor, target:Tensor, mask:Tensor|None, ignore_in
     bad = _first_bad_label(target, _valid(target, mask, ignore_index), student.shape[-1])
     if bad >= 0: _raise_bad_label(bad, target, student.shape[-1])
 
-# %% ../nbs/api/02_ops.ipynb #11267ede
+# %% ../nbs/api/02_ops.ipynb #e9d212a3
 BACKENDS = "auto", "torch", "cpp", "cuda"
 
+def backend_from(environment)->str: # os.environ, or a dict
+    "What `KDLAB_BACKEND` says, auto if nothing; ValueError for a name that is none."
+    name = environment.get("KDLAB_BACKEND") or "auto"
+    if name in BACKENDS: return name
+    raise ValueError(f"the environment variable KDLAB_BACKEND must be auto, torch, cpp or cuda, got {name!r}")
+
+_preferred = backend_from(os.environ)
+
+def wanted(backend:str)->str:
+    "The backend of a call: `auto` is what `KDLAB_BACKEND` says."
+    return _preferred if backend == "auto" else backend
+
+# %% ../nbs/api/02_ops.ipynb #45741602
 def _no_kernels(x:Tensor, cuda:bool)->str|None:
     "Why the compiled core, or its CUDA kernels, cannot take this tensor, or None."
     if cuda: return cuda_ops.why_not(x)
@@ -364,9 +378,10 @@ def _needs_reference(student, teacher, row_weight, q, cuda:bool=False)->str|None
     if _transforming(): return "a torch.func transform or a forward-mode derivative is active"
     return None
 
-# %% ../nbs/api/02_ops.ipynb #e989bb10
+# %% ../nbs/api/02_ops.ipynb #cb962525
 def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp", "cuda" or "torch"
     "The backend that will answer."
+    backend = wanted(backend)
     if backend == "torch": return "torch"
     kernels = "cuda" if backend == "cuda" or (backend == "auto" and cuda_ops.on_gpu(student)) else "cpp"
     why = _needs_reference(student, teacher, row_weight, q, kernels == "cuda")
@@ -394,7 +409,7 @@ def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="
     if bad >= 0: _raise_bad_label(bad, target, call.cols)
     return out
 
-# %% ../nbs/api/02_ops.ipynb #efbb2cf6
+# %% ../nbs/api/02_ops.ipynb #3dcafcf2
 class _OrdinarySoftKL(_SoftKL):
     "The same node of the graph, when loss and gradient are there already."
     @staticmethod
@@ -407,6 +422,7 @@ class _OrdinarySoftKL(_SoftKL):
 # Function.apply without its preparations for functorch, whose transforms are not active here
 _apply_ordinary = super(torch.autograd.Function, _OrdinarySoftKL).apply
 _ordinary = None if _C is None or not _C.learn_tensors(Tensor, torch.nn.Parameter) else _C.ordinary
+if _preferred not in ("auto", "cpp"): _ordinary = None
 
 # %% ../nbs/api/02_ops.ipynb #f1fd066f
 def ordinary(student, teacher, target, T, t_squared:bool, kl_weight, ce_weight, ignore_index, kind:str, mix)->Tensor|None:

@@ -175,9 +175,10 @@ def _needs_torch(student, row_weight, q)->str|None:
     if (q.kind, q.tail) not in _KERNELS: return f"it has no kernel for {q.kind} with tail={q.tail!r}"
     return ops._needs_reference(student, None, row_weight, ops.Question(T=q.T))
 
-# %% ../nbs/api/03_sparse_ops.ipynb #3400e184
+# %% ../nbs/api/03_sparse_ops.ipynb #4945f71d
 def choose(backend:str, student, row_weight, q:Question)->str: # "cpp" or "torch"
     "The backend that will answer."
+    backend = ops.wanted(backend)
     if backend == "torch": return "torch"
     if backend == "cuda":
         raise ValueError("backend='cuda': there is no CUDA kernel for sparse teachers; use backend='auto' (plain torch on "

@@ -45,6 +45,14 @@ def test_names_the_instruction_sets_of_the_core(capsys):
     assert all(isa in facts["instruction set"].text for isa in info["isas"])
 
 
+@pytest.mark.skipif(ops._C is None, reason="the compiled core is not built")
+@pytest.mark.parametrize("name, said", [("torch", "plain torch, because KDLAB_BACKEND=torch"), ("cpp", "compiled core and nothing else")])
+def test_says_what_the_environment_asks_for(monkeypatch, capsys, name, said):
+    monkeypatch.setattr(ops, "_preferred", name)
+    fact = kd.doctor().facts["backend"]
+    assert fact.text.startswith(said) and fact.state == "note" and "unset" in fact.fix
+
+
 @pytest.mark.parametrize("built, why", [(True, "does not load: broken"), (False, "was not built")])
 def test_without_the_core(monkeypatch, capsys, built, why):
     monkeypatch.setattr(ops, "_C", None)

@@ -3,7 +3,10 @@ import copy
 import functools
 import inspect
 import math
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -604,6 +607,25 @@ def test_without_the_core_everything_runs_on_plain_torch(fresh_compiler, monkeyp
     torch.testing.assert_close((got[0], grad[0]), (want[0], want_grad[0]))
     assert got[1].isnan() and grad[1].isnan().all() and got[2] == 0 and grad[2].eq(0).all()
     with pytest.raises(ValueError, match="not built"): forward_kl(s, t, backend="cpp")
+
+
+def run_with(backend, code):
+    "Run Python in a process where KDLAB_BACKEND is set; what it prints, or the end of its error."
+    code = "import torch, kdlab as kd\nfrom kdlab import ops\ns, t = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3)\n" + code
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KDLAB_BACKEND": backend}, capture_output=True, text=True)
+    return (done.stdout or done.stderr).strip().splitlines()[-1]
+
+
+def test_the_environment_chooses_what_auto_means():
+    look = "print(type(kd.functional.forward_kl(s, t).grad_fn).__name__, type(kd.functional.hint(s, t).grad_fn).__name__)"
+    kernels = run_with("", look)
+    assert run_with("auto", look) == kernels == run_with("cpp", look) and ("KL" in kernels) == (ops._C is not None)
+    assert "KL" not in run_with("torch", look) and run_with("torch", look) != kernels
+    explicit = "print(ops.choose('cpp', s, t, None, ops.Question()))"
+    if ops._C is not None: assert run_with("torch", explicit) == "cpp"
+    assert "backend='cuda' cannot run here" in run_with("cuda", look)
+    assert "cannot run here" in run_with("cpp", "kd.functional.forward_kl(s, t, T=torch.tensor(2., requires_grad=True))")
+    assert run_with("gpu", look) == "ValueError: the environment variable KDLAB_BACKEND must be auto, torch, cpp or cuda, got 'gpu'"
 
 
 # modules and weights

@@ -147,6 +147,13 @@ def test_ctrl_c_leaves_a_usable_run(teacher, tmp_path):
     with pytest.raises(ValueError, match="unfinished.*2 of 5.*resume=True"): kd.load(tmp_path / "copy", net())
 
 
+def test_stop_is_asked_before_every_step(teacher):
+    asked = []
+    run = distill(net(), teacher, epochs=5, stop=lambda: asked.append(1) or len(asked) == 7)
+    assert run.status == "interrupted" and run.epoch == 1 and len(asked) == 7 # four steps an epoch: the third of epoch 2
+    assert distill(net(), teacher, stop=lambda: False).finished
+
+
 @pytest.mark.parametrize("where", ["callback", "step"])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(teacher, tmp_path, where):
     whole = distill(net(), teacher, epochs=4, valid=loader(seed=2))

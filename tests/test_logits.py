@@ -85,14 +85,14 @@ CASES = [
     case("logit_mse", kd.LogitMSE), case("logit_mse centred", kd.LogitMSE, center=True),
     case("binary_forward_kl", kd.BinaryForwardKL, T=T), case("soft_spearman", kd.SoftSpearman),
     case("soft_spearman strength 3", kd.SoftSpearman, strength=3.0), case("dist", kd.DIST, T=T),
-    case("dist weighted", kd.DIST, T=T, inter=2.0, intra=0.5), case("nkd", kd.NKD, T=T), case("teacher_free", kd.TeacherFree, T=T),
+    case("dist weighted", kd.DIST, T=T, inter=2.0, intra=0.5), case("nkd", kd.NKD, T=T),
+    case("dkd", kd.DKD, T=T, alpha=1.0, beta=8.0), case("teacher_free", kd.TeacherFree, T=T),
     case("cross_entropy", kd.CrossEntropy), case("cross_entropy smoothed", kd.CrossEntropy, label_smoothing=0.1),
     case("cross_entropy weighted", kd.CrossEntropy, weight=W),
     case("cross_entropy weighted smoothed", kd.CrossEntropy, weight=W, label_smoothing=0.1),
     case("cross_entropy mixed", kd.CrossEntropy, target=MIXED, mask=VALID),
     case("cross_entropy mixed weighted smoothed", kd.CrossEntropy, target=MIXED, mask=VALID, weight=W, label_smoothing=0.1),
 ]
-if hasattr(f, "dkd"): CASES.append(case("dkd", kd.DKD, T=T, alpha=1.0, beta=8.0))
 golden = pytest.mark.parametrize("name, call, module", CASES)
 
 
@@ -214,12 +214,12 @@ class Loss:
     def __call__(self, s, t, y=None, **k): return getattr(f, self.name)(s, t, y, **self.options, **k)
 
 
-NEW = [Loss("nkd", kd.NKD, T=2.0), Loss("binary_forward_kl", kd.BinaryForwardKL, T=2.0), Loss("soft_spearman", kd.SoftSpearman),
+NEW = [Loss("nkd", kd.NKD, T=2.0), Loss("dkd", kd.DKD, T=2.0), Loss("binary_forward_kl", kd.BinaryForwardKL, T=2.0), Loss("soft_spearman", kd.SoftSpearman),
        Loss("teacher_free", kd.TeacherFree, T=2.0)]
 new = pytest.mark.parametrize("loss", NEW, ids=str)
 
 
-@pytest.mark.parametrize("name, module", [("nkd", kd.NKD), ("binary_forward_kl", kd.BinaryForwardKL), ("teacher_free", kd.TeacherFree),
+@pytest.mark.parametrize("name, module", [("nkd", kd.NKD), ("dkd", kd.DKD), ("binary_forward_kl", kd.BinaryForwardKL), ("teacher_free", kd.TeacherFree),
                                           ("soft_spearman", kd.SoftSpearman), ("cross_entropy", kd.CrossEntropy), ("dist", kd.DIST)])
 def test_function_and_module_share_options_and_defaults(name, module):
     called = {"student", "teacher", "target", "labels", "mask", "row_weight", "normalizer"}

@@ -9,6 +9,7 @@ __all__ = []
 from .divergences import (
     forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
 from .logits import binary_forward_kl, nkd, standardize
+from .decoupled import dkd
 from .ranking import kendall, soft_rank, soft_spearman, spearman, top_k_overlap
 from .labels import cross_entropy, smooth_labels, teacher_free, virtual_teacher
 from .row_weights import confidence_weight, difficulty_weight, entropy_weight
@@ -21,7 +22,7 @@ from .sparse import TopK, sparse_forward_kl, sparse_reverse_kl, top_k
 
 # %% ../../nbs/api/functional/00_functional.ipynb #c453ecec
 __all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
-           "binary_forward_kl", "nkd", "standardize", "kendall", "soft_rank", "soft_spearman", "spearman", "top_k_overlap",
+           "binary_forward_kl", "dkd", "nkd", "standardize", "kendall", "soft_rank", "soft_spearman", "spearman", "top_k_overlap",
            "cross_entropy", "smooth_labels", "teacher_free", "virtual_teacher",
            "confidence_weight", "difficulty_weight", "entropy_weight",
            "logit_mse", "attention_transfer", "channel_kl", "cosine", "hint", "cka", "dist", "pkt",

@@ -12,6 +12,7 @@ from .divergences import (
 from kdlab.losses.logits import (
     BinaryForwardKL, ConfidenceWeighted, DifficultyWeighted, EntropyWeighted, NKD, RowWeighted, SoftSpearman, Standardized,
     TeacherFree)
+from .decoupled import DKD
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .relations import CKA, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity
 from .linear import (
@@ -24,7 +25,7 @@ __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE",
            "LinearForwardKL", "LinearJSD", "LinearReverseKL", "LinearSkewKL", "LinearSkewReverseKL",
            "LinearSoftCrossEntropy", "LinearTotalVariation", "SparseForwardKL", "SparseReverseKL",
-           "BinaryForwardKL", "ConfidenceWeighted", "DifficultyWeighted", "EntropyWeighted", "NKD", "RowWeighted",
+           "BinaryForwardKL", "ConfidenceWeighted", "DKD", "DifficultyWeighted", "EntropyWeighted", "NKD", "RowWeighted",
            "SoftSpearman", "Standardized", "TeacherFree",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
            "CKA", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RelationLoss', 'Similarity', 'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CKA', 'DIST']
 
-# %% ../../nbs/api/losses/04_relations.ipynb #9bcc9be1
+# %% ../../nbs/api/losses/04_relations.ipynb #066c23f6
 import torch
 from ..functional import relations
-from ..functional.contract import check_temperature, check_weight
+from ..functional.contract import check_weight
 from .features import FeatureLoss
-from .objective import Number, Part, live, shown
+from .objective import Number, Part, check_temperature, live, shown
 
 # %% ../../nbs/api/losses/04_relations.ipynb #5c1f8cba
 class RelationLoss(FeatureLoss):

@@ -1,0 +1,103 @@
+"""Decoupled distillation: its two parts, their identity with Hinton's KL, and the rows where a part has nothing to compare."""
+import math
+
+import pytest
+import torch
+
+import kdlab as kd
+from kdlab import logit_reference, reference
+from kdlab.functional.decoupled import dkd_parts
+
+f = kd.functional
+INF = math.inf
+Y = torch.tensor([0, 6, 3, 3, 1, 5])
+
+
+def pair(gap=3.0, C=7, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    t = 3 * torch.randn(6, C, generator=gen, dtype=torch.float64)
+    return t + gap * torch.randn(6, C, generator=gen, dtype=torch.float64), t
+
+
+@pytest.mark.parametrize("T", [0.5, 1.0, 4.0, 50.0])
+@pytest.mark.parametrize("gap", [3.0, 1e-2, 1e-4])
+def test_hintons_kl_is_the_sum_of_the_two_parts(T, gap):
+    s, t = pair(gap)
+    tckd, nckd = dkd_parts(s, t, Y, T=T, t_squared=False)
+    p = (t / T).softmax(-1).gather(-1, Y[:, None])[:, 0]
+    torch.testing.assert_close(tckd + (1 - p) * nckd, reference.stable_forward_kl(s, t, T), rtol=1e-7, atol=1e-18)
+    whole = f.dkd(s, t, Y, T=T, alpha=0.3, beta=2.0, reduction="none")
+    torch.testing.assert_close(whole, T * T * (0.3 * tckd + 2 * nckd))
+
+
+def test_the_parts_are_those_of_the_definition_and_accurate_near_convergence():
+    s, t = pair()
+    for got, want in zip(logit_reference.stable_dkd_parts(s, t, Y, 2.0), logit_reference.dkd_parts(s, t, Y, 2.0)):
+        torch.testing.assert_close(got, want)
+    from mpmath import mp, mpf, exp, log
+    s, t = pair(1e-4)
+    with mp.workdps(50):
+        q, p = ([exp(mpf(z.item()) / 8) for z in row] for row in (s[1], t[1]))
+        q, p = ([z / sum(row) for z in row] for row in (q, p))
+        kl = lambda a, b: sum(x * log(x / y) for x, y in zip(a, b))
+        hat = lambda a: [x / (1 - a[6]) for x in a[:6]]
+        exact = kl([p[6], 1 - p[6]], [q[6], 1 - q[6]]), kl(hat(p), hat(q))
+    for got, want in zip(logit_reference.stable_dkd_parts(s, t, Y, 8.0), exact):
+        assert got[1].item() == pytest.approx(float(want), rel=1e-6)
+
+
+def test_the_second_part_does_not_see_the_label():
+    s, t = pair()
+    bold = s.scatter_add(-1, Y[:, None], torch.full((6, 1), 5.0, dtype=s.dtype))
+    one, two = dkd_parts(s, t, Y), dkd_parts(bold, t, Y)
+    torch.testing.assert_close(one[1], two[1])
+    assert (one[0] - two[0]).abs().min() > 1e-3
+
+
+def test_parts_come_with_their_weights():
+    s, t = pair()
+    y = torch.where(Y == 6, -100, Y)
+    mask = torch.tensor([True] * 5 + [False])
+    objective = 0.5 * kd.DKD(T=2, alpha=0.3, beta=2) + kd.CrossEntropy()
+    parts = objective.parts(s.requires_grad_(), t, y, mask=mask)
+    assert set(parts) == {"tckd", "nckd", "cross_entropy"} and (parts["tckd"].weight, parts["nckd"].weight) == (0.15, 1.0)
+    total = sum(part.weight * part.rows for part in parts.values())
+    assert not total.requires_grad and total[[1, 5]].eq(0).all()
+    torch.testing.assert_close(total.sum() / 4, objective(s, t, y, mask=mask).detach())
+
+
+def test_excluded_classes():
+    s, t = pair()
+    s, t = s[:5].clone(), t[:5].clone()
+    y = torch.full((5,), 2)
+    s[0, 4] = t[0, 4] = -INF  # another class, by both: absent
+    s[1, 2] = t[1, 2] = -INF  # the label, by both: there is no question whether it is the label
+    s[2, 2] = -INF  # the label, by the student only
+    t[3, 2] = -INF  # the label, by the teacher only
+    others = torch.arange(7) != 2
+    s[4, others] = t[4, others] = -INF  # no other class
+    leaf = s.requires_grad_()
+    tckd, nckd = dkd_parts(leaf, t, y)
+    rows = f.dkd(leaf, t, y, reduction="none")
+    grad, = torch.autograd.grad(rows[[0, 1, 3, 4]].sum(), leaf)
+    keep = torch.arange(7) != 4
+    torch.testing.assert_close(rows[0], f.dkd(s[:1, keep], t[:1, keep], y[:1], reduction="none")[0])
+    assert tckd[1] == 0 and nckd[1] > 0 and tckd[2] == INF and tckd[3].isfinite() and tckd[4] == nckd[4] == 0
+    assert grad.isfinite().all() and grad[0, 4] == 0 and grad[4].eq(0).all()
+
+
+@pytest.mark.parametrize("C", [1, 2])
+def test_few_classes(C):
+    s, t = pair(C=C)
+    y = torch.zeros(6, dtype=torch.long)
+    tckd, nckd = dkd_parts(s, t, y, T=1.0)
+    assert nckd.abs().max() == 0
+    torch.testing.assert_close(tckd, reference.forward_kl(s, t), rtol=1e-9, atol=1e-15)
+
+
+def test_bad_arguments_are_named():
+    s, t = pair()
+    for call, words in ((lambda: f.dkd(s, t), "dkd needs labels"), (lambda: f.dkd(s, t, Y, beta=math.nan), "beta must be a finite"),
+                        (lambda: f.dkd(s, t, Y + 1), "label 7 at row 1"), (lambda: f.dkd(s, t, Y, backend="cpp"), "no kernel"),
+                        (lambda: kd.DKD(alpha="a"), "alpha must be"), (lambda: kd.DKD(T=0), "T must be")):
+        with pytest.raises(ValueError, match=words): call()

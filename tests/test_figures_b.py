@@ -1,0 +1,143 @@
+"""The numbers behind reliability, layer match, bug clinic and distillery, against hand calculation."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kdlab import functional
+from kdlab.figures import match, reliability, stored
+
+
+def plain(fig):
+    "The figure as plain JSON: what a page is given."
+    return json.loads(fig.to_json())
+
+
+def calibrated(n=4000, seed=0):
+    "Logits of three classes whose labels are drawn from their own probabilities."
+    rng = np.random.RandomState(seed)
+    z = 2 * rng.randn(n, 3)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    return z, (rng.uniform(size=(n, 1)) > p.cumsum(1)).sum(1)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_the_best_temperature_undoes_a_factor(factor):
+    z, y = calibrated()
+    T = reliability.best_T(factor * z, y)
+    assert abs(T / factor - 1) < 0.08
+    around = [reliability.log_loss(factor * z, y, t) for t in (0.97 * T, T, 1.03 * T)]
+    assert around[1] == min(around)
+
+
+def test_ece_by_hand():
+    "Confidences .9 .9 | .7 .7, right 1 0 | 1 1: the bins are off by .4 and .3, so ECE is 35 points."
+    z = np.log([[0.9, 0.1], [0.9, 0.1], [0.7, 0.3], [0.7, 0.3]])
+    twice = np.repeat(z, 2, axis=0)  # the even rows only choose T
+    y = np.repeat([0, 1, 0, 0], 2)
+    now = reliability.reliability_numbers(twice, y, bins=5)
+    assert np.isclose(now["ece"], 35) and np.allclose(now["accuracy"][[3, 4]], [1, 0.5])
+    assert np.allclose(now["confidence"][[3, 4]], [0.7, 0.9]) and np.isnan(now["accuracy"][:3]).all()
+    assert np.allclose(now["share"], [0, 0, 0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("equal_mass", [False, True])
+def test_chance_explains_the_ece_of_a_calibrated_model_and_not_of_a_sharpened_one(equal_mass):
+    z, y = calibrated(1000)
+    good, bad = (reliability.reliability_numbers(k * z, y, bins=10, equal_mass=equal_mass) for k in (1, 3))
+    assert good["ece"] < good["chance"] and bad["ece"] > 2 * bad["chance"]
+    assert bad["interval"][0] < bad["ece"] < bad["interval"][1]
+
+
+def test_equal_counts_are_equal():
+    z, y = calibrated(800)
+    share = reliability.reliability_numbers(z, y, bins=8, equal_mass=True)["share"]
+    assert np.allclose(share, 1 / 8, atol=0.01)
+
+
+def test_the_temperature_moves_no_answer():
+    z, y = calibrated(200)
+    says = [reliability.reliability_numbers(z, y, T)["says"].tolist() for T in (0.3, 1, 4)]
+    assert says[0] == says[1] == says[2]
+
+
+def test_reliability_figure_shows_its_numbers():
+    a = stored.load()
+    z, y = a["students"][0, 2, 2], a["labels"]
+    fig, now = reliability.reliability_figure(z, y, 1.0, images=a["images"]), reliability.reliability_numbers(z, y)
+    full = now["share"] > 0
+    assert np.allclose(fig.data[0].y, now["accuracy"][full])
+    assert np.allclose(np.add(fig.data[1].base, fig.data[1].y), now["confidence"][full])
+    assert {"x"} == set(fig.data[1].marker.pattern.shape) - {"/"}  # not sure enough: the second channel says so
+    assert fig.data[-1].type == "heatmap" and len(fig.data[-2].text) == reliability.MISTAKES
+    assert len(reliability.reliability_figure(z, y).data) == len(fig.data) - 1
+    plain(fig)
+
+
+def test_a_model_without_mistakes():
+    z = 5 * np.eye(4)[np.arange(40) % 4]
+    fig = reliability.reliability_figure(z, np.arange(40) % 4)
+    assert fig.data[-1].text == () and "is right in 100.0%" in reliability.reliability_sentence(z, np.arange(40) % 4)
+
+
+def test_reliability_needs_rows():
+    with pytest.raises(ValueError, match="at least 4 examples"):
+        reliability.reliability_numbers(np.eye(3), [0, 1, 2])
+
+
+# layer match
+
+def test_cka_is_that_of_the_library():
+    rng = np.random.RandomState(0)
+    x, y = rng.randn(40, 6, 2), rng.randn(40, 9) + 1
+    assert np.isclose(match.linear_cka(x, y), 1 - float(functional.cka(torch.tensor(x).flatten(1), torch.tensor(y))))
+    turn = np.linalg.qr(rng.randn(9, 9))[0]
+    assert np.isclose(match.linear_cka(x, y), match.linear_cka(x, 3 * y @ turn + 5))
+    assert np.isclose(match.linear_cka(y, y @ turn), 1) and np.isnan(match.linear_cka(x, np.ones((40, 2))))
+
+
+def test_the_plane_holds_most_of_the_spread():
+    rng = np.random.RandomState(0)
+    x = rng.randn(50, 5) * [5, 1, 3, 0.1, 0.1]
+    xy, centred = match.plane(x), x - x.mean(0)
+    values = np.linalg.svd(centred, compute_uv=False)
+    assert np.allclose((xy**2).sum(0), values[:2]**2) and np.allclose(xy.mean(0), 0)
+    assert match.plane(np.arange(4.0)[:, None])[:, 1].tolist() == [0, 0, 0, 0]
+
+
+def test_turning_finds_rotation_reflection_and_size():
+    rng = np.random.RandomState(0)
+    xy = rng.randn(30, 2)
+    turn = np.array([[0.6, 0.8], [0.8, -0.6]])  # a reflection
+    moved, explained = match.align(xy @ turn / 7 + 3, xy)
+    assert np.allclose(moved, xy - xy.mean(0)) and np.isclose(explained, 1)
+    noise, weak = match.align(rng.randn(30, 2), xy)
+    assert weak < 0.5 and np.isclose(np.linalg.norm(noise), np.linalg.norm(xy - xy.mean(0)))
+    assert match.align(np.zeros((30, 2)), xy)[1] == 0
+
+
+def test_match_numbers_by_hand():
+    cka = np.zeros((2, 2, 1, 2, 3))  # seeds, without and with projector, one moment, 2 x 3 layers
+    cka[0, 0, 0] = [[0.9, 0.5, 0.1], [0.2, 0.6, 0.7]]
+    cka[:, 1, 0, 1, 2] = [0.8, 0.2]
+    now = match.match_numbers(cka, 0, 0, 0, (1, 1))
+    assert now["value"] == 0.6 and now["best"] == 2 and now["mean"] == -0.3
+    assert np.isclose(match.match_numbers(cka, 1, 0, 0, (1, 2))["mean"], 0.15)  # +0.1 and +0.2
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_match_figure_shows_pair_class_and_example(long):
+    a = stored.load()
+    names = [f"digit {k}" if long else str(k) for k in range(10)]
+    planes = a["layer_teacher"][1, 2], a["layer_student"][1, 0, 1, 3]
+    fig = match.match_figure(a["layer_cka"], 0, 1, 1, (2, 3), planes, a["labels"][:200], (stored.LAYERS,) * 2,
+                             stored.LAYER_STEPS, names, klass=3, example=7)
+    assert np.allclose(fig.data[0].z, a["layer_cka"][1, 0, 1])
+    assert np.allclose(fig.data[2].y, a["layer_cka"][:, 0, :, 2, 3].mean(0))
+    frame = fig.layout.shapes[0]
+    assert (frame.x0, frame.y0) == (2.5, 1.5) and fig.data[6].x == (fig.data[5].x[7],)
+    cloud = fig.data[5]
+    clear = np.array(cloud.marker.opacity) == 1 if long else np.char.startswith(cloud.textfont.color, "rgba") == 0
+    assert (clear == (a["labels"][:200] == 3)).all()
+    plain(fig)

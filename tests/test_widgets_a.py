@@ -1,0 +1,239 @@
+"""Five views without a browser: matrix, board, split, simplex, covering or seeking; each trait to data, message and text."""
+import json
+
+import numpy as np
+import pytest
+
+from kdlab.figures.dark import class_tree, dark_matrix, likeness, shown_classes
+from kdlab.figures.split import shares, split_numbers
+from kdlab.widgets.dark import DarkKnowledge
+from kdlab.widgets.split import DKDSplit
+from test_widgets import messages
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    y = rng.permutation(np.arange(60) % 10)
+    teacher = rng.normal(size=(60, 10)) + 3 * np.eye(10)[y]
+    student = rng.normal(size=(60, 10)) + 1.5 * np.eye(10)[y]
+    return dict(teacher=teacher, student=student, y=y, images=rng.random((60, 8, 8)))
+
+
+def press(view, name, value):
+    "What the browser sends when a control moves."
+    view.panel.values = view.panel.values | {name: value}
+
+
+def follows(view, name, value):
+    "The change is one message to the figure and a new sentence; the same value again is none."
+    sent, before = messages(view.fig), view.panel.text
+    press(view, name, value)
+    assert view.panel.error == "" and getattr(view, name) == value
+    assert sent == ["_py2js_update"] and view.panel.text != before
+    setattr(view, name, value)
+    assert len(sent) == 1
+
+
+def round_trip(view, *args, **state):
+    "A saved state makes the same view; reset goes back."
+    start = view.state()
+    view.assign(**state)
+    twin = type(view).from_state(json.loads(json.dumps(view.state())), *args)
+    assert twin.state() == view.state() and twin.panel.text == view.panel.text
+    view.panel._handle_custom_msg({"type": "reset"}, [])
+    assert view.state() == start
+
+
+def softmax(z, T=1.0):
+    e = np.exp(z / T - (z / T).max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.fixture
+def dark(arrays):
+    return DarkKnowledge(arrays["teacher"], arrays["images"], arrays["y"])
+
+
+@pytest.mark.parametrize("name, value", [("T", 1.0), ("cluster", True), ("row", 5), ("col", 5)])
+def test_dark_one_message_a_change(dark, name, value):
+    follows(dark, name, value)
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0, 20.0])
+def test_dark_shows_the_shares_of_the_wrong_probability(dark, arrays, T):
+    press(dark, "T", T)
+    p, y, shown = softmax(arrays["teacher"], T), arrays["y"], np.array(dark.fig.data[0].z, dtype=float)
+    for i in range(10):
+        mean = p[y == i].mean(0)
+        mean[i] = 0
+        assert np.allclose(np.delete(shown[i], i), 100 * np.delete(mean, i) / mean.sum(), atol=0.06)
+        assert np.isnan(shown[i, i])
+
+
+def test_dark_orders_matrix_and_labels_by_the_tree(dark):
+    plain = np.array(dark.fig.data[0].z, dtype=float)
+    press(dark, "cluster", True)
+    order = [int(k) for k in dark.fig.layout.xaxis.ticktext]
+    assert sorted(order) == list(range(10)) and order != list(range(10))
+    assert np.allclose(np.array(dark.fig.data[0].z, dtype=float), plain[np.ix_(order, order)], equal_nan=True)
+    xs = [x for x in dark.fig.data[1].x if x is not None]
+    pairs = np.reshape(xs, (-1, 4))
+    assert len(pairs) == 9 and (np.diff(np.sort(pairs[:, [0, 2]])) > 0).all()
+
+
+def test_dark_looks_behind_the_cell_that_is_clicked(dark, arrays):
+    order = [int(k) for k in dark.fig.layout.xaxis.ticktext]
+    at = dict(trace_indexes=[0], point_indexes=[[3, 7]], xs=[7], ys=[3])
+    dark.fig._js2py_pointsCallback = dict(event_type="plotly_click", points=at)
+    assert (dark.row, dark.col) == (order[3], order[7])
+    p, rows = softmax(arrays["teacher"], 4), np.flatnonzero(arrays["y"] == 3)
+    rows = rows[np.argsort(-p[rows, 7])]
+    assert [t.split("#")[1] for t in dark.fig.data[3].text] == [str(i) for i in rows[:12]]
+    image = arrays["images"][rows[0]]
+    shown = np.array([row[:8] for row in dark.fig.data[2].z[:8]], dtype=float)
+    assert np.allclose(shown, (image - image.min()) / np.ptp(image))
+
+
+@pytest.mark.parametrize("T, row, col", [(1.0, 2, 3), (6.0, 9, 0)])
+def test_dark_code_runs(dark, arrays, T, row, col):
+    dark.assign(T=T, row=row, col=col)
+    space = dict(logits=arrays["teacher"].tolist(), labels=arrays["y"])
+    exec(dark.code(), space)
+    assert np.isclose(100 * space["share"], dark.fig.data[0].z[row][col], atol=0.06)
+    assert [f"#{i}" for i in space["behind"]] == [t.split(" ")[1] for t in dark.fig.data[3].text]
+
+
+def test_dark_state(dark, arrays):
+    round_trip(dark, arrays["teacher"], arrays["images"], arrays["y"], T=8.0, cluster=True, row=2, col=7)
+
+
+def test_dark_without_labels_images_or_some_classes(arrays):
+    view = DarkKnowledge(arrays["teacher"], class_names=[f"species {k}" for k in range(10)])
+    assert view.panel.error == "" and "species" in view.panel.text
+    y = np.where(arrays["y"] == 4, 5, arrays["y"])
+    view = DarkKnowledge(arrays["teacher"], labels=y)
+    view.assign(row=4, cluster=True)
+    assert view.panel.error == "" and "no example is a 4" in view.panel.text
+    assert all(v is None for v in view.fig.data[0].z[[int(k) for k in view.fig.layout.xaxis.ticktext].index(4)])
+
+
+def test_dark_shows_twenty_of_a_thousand_classes():
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=(300, 1000))
+    z[:, 700] += 6
+    z[:, 31] += 5.5
+    view = DarkKnowledge(z)
+    assert view.panel.error == "" and np.shape(view.fig.data[0].z) == (20, 20)
+    assert {31, 700} <= set(view.classes) and (view.row, view.col) in ((31, 700), (700, 31))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda a: DarkKnowledge(a["teacher"][:, :1]), "at least two classes"),
+    (lambda a: DarkKnowledge(a["teacher"][None]), r"shape \(N, C\)"),
+    (lambda a: DarkKnowledge(a["teacher"], images=a["images"][:5]), r"images must have shape \(60, height, width\)"),
+    (lambda a: DarkKnowledge(a["teacher"], labels=a["y"] + 1), "labels must lie in 0..9"),
+    (lambda a: DarkKnowledge(a["teacher"], class_names="ab"), "class_names must hold 10"),
+])
+def test_dark_wrong_arguments_raise(arrays, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(arrays)
+
+
+def test_dark_tells_what_is_wrong_in_the_widget(arrays):
+    z = arrays["teacher"].copy()
+    z[2, 4] = np.nan
+    assert "NaN or infinity in 1 of 60 rows" in DarkKnowledge(z).panel.error
+    view = DarkKnowledge(arrays["teacher"])
+    view.row = 10
+    assert view.panel.error == "row must lie in 0..9, got 10"
+    view.assign(row=0, T=0.0)
+    assert "T must be > 0" in view.panel.error
+    view.reset()
+    assert view.panel.error == ""
+
+
+def test_the_matrix_and_tree_by_hand():
+    two = dark_matrix([[0.0, 0.0, np.log(2)], [0.0, 0.0, np.log(2)]], [0, 0], T=1)
+    assert np.allclose(two["mean"][0], [0.25, 0.25, 0.5]) and np.allclose(two["share"][0, 1:], [1 / 3, 2 / 3])
+    assert np.isnan(two["mean"][1:]).all() and np.isclose(two["wrong"][0], 0.75)
+    like = likeness(two["share"])
+    assert np.allclose(like, like.T) and like[0, 2] == pytest.approx(1 / 3)
+    merges, order = class_tree(two["share"])
+    assert set(merges[0, :2]) == {0, 2} and merges[0, 2] == pytest.approx(2 / 3)
+    assert abs(order.index(0) - order.index(2)) == 1
+    assert len(shown_classes(np.full((30, 30), 0.1), 7)) == 7
+
+
+@pytest.fixture
+def split(arrays):
+    return DKDSplit(arrays["teacher"], arrays["student"], arrays["y"])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("alpha", 2.0), ("beta", 0.5), ("confidence", 0.95), ("T", 1.0), ("example", 7)])
+def test_split_one_message_a_change(split, name, value):
+    follows(split, name, value)
+
+
+@pytest.mark.parametrize("T", [1.0, 8.0])
+@pytest.mark.parametrize("i", [0, 17])
+def test_split_parts_make_the_whole_divergence(arrays, T, i):
+    p, q = softmax(arrays["teacher"][i], T), softmax(arrays["student"][i], T)
+    now = split_numbers(arrays["teacher"][i], arrays["student"][i], arrays["y"][i], T)
+    assert np.isclose(now["kd"], (p * np.log(p / q)).sum()) and np.isclose(now["rest"], 1 - p[arrays["y"][i]])
+    sure = split_numbers(arrays["teacher"][i], arrays["student"][i], arrays["y"][i], T, confidence=0.9)
+    assert np.isclose(sure["others"], now["others"]) and np.isclose(sure["rest"], 0.1)
+    moved = 0.1 * p / now["rest"]
+    moved[arrays["y"][i]] = 0.9
+    assert np.isclose(sure["kd"], (moved * np.log(moved / q)).sum())
+
+
+def test_split_keeps_what_a_sure_teacher_knows():
+    "At 1 - p_t = 1e-30 the other classes still have their proportions."
+    now = split_numbers([0.0, -69.0, -69.0 + np.log(3)], [0.0, 0.0, 0.0], 0, T=1)
+    assert np.allclose(now["hats"][0], [0.25, 0.75]) and 0 < now["rest"] < 1e-29
+    assert shares(now, 0, 0)["DKD"]["share"] == 0  # nothing is left of the loss
+
+
+@pytest.mark.parametrize("state", [dict(), dict(confidence=0.99, beta=2.0), dict(T=1.0, alpha=0.5, example=9)])
+def test_split_code_runs(split, arrays, state):
+    split.assign(**state)
+    space = dict(teacher_logits=arrays["teacher"], student_logits=arrays["student"].tolist(), labels=arrays["y"])
+    exec(split.code(), space)
+    first, second = ([t for t in split.fig.data if t.type == "bar"][k] for k in (4, 5))
+    kd_share = 100 * (1 - space["p_t"]) * space["others"] / space["kd"]
+    assert np.allclose(second.x, [kd_share, 100 * split.beta * space["others"] / space["dkd"]])
+    assert np.allclose(np.add(first.x, second.x), 100) and f"= {space['kd']:.3g} nats" in split.panel.text
+    assert np.allclose(split.fig.data[2].y, np.delete(space["p"], space["y"]) / (1 - space["p"][space["y"]]))
+
+
+def test_split_markers_lie_on_their_curves(split):
+    split.assign(confidence=0.9, beta=1.0)
+    for k in (6, 8):
+        line, mark = split.fig.data[k], split.fig.data[k + 1]
+        assert np.isclose(np.interp(mark.x[0], line.x, line.y), mark.y[0], atol=1) and mark.x[0] == pytest.approx(1)
+
+
+def test_split_state(split, arrays):
+    round_trip(split, arrays["teacher"], arrays["student"], arrays["y"], alpha=0.0, confidence=0.8, T=2.0, example=4)
+
+
+def test_split_takes_what_comes(arrays):
+    two = DKDSplit([[0.0, 2.0]], [[1.0, 0.0]])
+    assert two.panel.error == "" and len(two.fig.data[2].y) == 1
+    z = np.random.default_rng(0).normal(size=(2, 1000))
+    many = DKDSplit(z, z[::-1], class_names=[f"species {k}" for k in range(1000)])
+    assert many.panel.error == "" and len(many.fig.data[2].y) == 12
+    broken = arrays["student"].copy()
+    broken[1, 1] = np.inf
+    view = DKDSplit(arrays["teacher"], broken)
+    assert view.panel.error == ""
+    view.example = 1
+    assert "choose another example" in view.panel.error
+    view.assign(example=0, confidence=1.0)
+    assert "confidence must lie in (0, 1)" in view.panel.error
+    with pytest.raises(ValueError, match="must have one shape"):
+        DKDSplit(arrays["teacher"], arrays["student"][:5])
+    with pytest.raises(ValueError, match="at least two classes"):
+        DKDSplit([[1.0]], [[1.0]])
