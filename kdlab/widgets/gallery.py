@@ -61,7 +61,7 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #3acdb054
+# %% ../../nbs/api/widgets/50_gallery.ipynb #d391628a
 _FIRST = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
@@ -78,6 +78,11 @@ _FIRST = (
     Exhibit("gap", "TeacherStudentGap", "Where do teacher and student disagree?",
             "The student is a few points behind. Is it behind on every class? Is it ever right where its teacher is wrong?",
             "The gap sits in a few classes and in doubtful images, and some points lie on the student's side.", _of_a_pair),
+    Exhibit("board", "AlphaT", "Which signal drives the update?",
+            "At alpha = 0.9, whose is the update, the label's or the teacher's? Which of the two knobs decides more about the "
+            "accuracy?",
+            "Share of the loss and share of the push are not the same. The temperature moves accuracy by points; from T = 4 on "
+            "alpha hardly matters, up to the last row, where no teacher is left."),
     Exhibit("placebo", "PlaceboTeacher", "Is it the teacher, or just softness?",
             "Smoothed labels are as soft as the teacher's targets. Will a student learn as much from them?",
             "No: of targets equally soft only the true teacher's help on the 40 images, and on the digit that the student "
