@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #513f68e5
+# %% ../nbs/api/00_kdlab.ipynb #809f3987
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -24,6 +24,7 @@ _HOMES = {
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
+    "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
     "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
@@ -31,20 +32,24 @@ _HOMES = {
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
     "kdlab.adapters": "Projector build",
+    "kdlab.gaps": "Gap gap",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.reliability": "Reliability",
+    "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #d3126c0c
-_MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #f74363f0
+_MODULES = ("adapters cache calling distilling experiments functional losses measures nets ops placebos reference "
+            "schedules taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

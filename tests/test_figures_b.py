@@ -3,8 +3,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from kdlab.figures import reliability, stored
+from kdlab import functional
+from kdlab.figures import match, reliability, stored
 
 
 def plain(fig):
@@ -82,3 +84,60 @@ def test_a_model_without_mistakes():
 def test_reliability_needs_rows():
     with pytest.raises(ValueError, match="at least 4 examples"):
         reliability.reliability_numbers(np.eye(3), [0, 1, 2])
+
+
+# layer match
+
+def test_cka_is_that_of_the_library():
+    rng = np.random.RandomState(0)
+    x, y = rng.randn(40, 6, 2), rng.randn(40, 9) + 1
+    assert np.isclose(match.linear_cka(x, y), 1 - float(functional.cka(torch.tensor(x).flatten(1), torch.tensor(y))))
+    turn = np.linalg.qr(rng.randn(9, 9))[0]
+    assert np.isclose(match.linear_cka(x, y), match.linear_cka(x, 3 * y @ turn + 5))
+    assert np.isclose(match.linear_cka(y, y @ turn), 1) and np.isnan(match.linear_cka(x, np.ones((40, 2))))
+
+
+def test_the_plane_holds_most_of_the_spread():
+    rng = np.random.RandomState(0)
+    x = rng.randn(50, 5) * [5, 1, 3, 0.1, 0.1]
+    xy, centred = match.plane(x), x - x.mean(0)
+    values = np.linalg.svd(centred, compute_uv=False)
+    assert np.allclose((xy**2).sum(0), values[:2]**2) and np.allclose(xy.mean(0), 0)
+    assert match.plane(np.arange(4.0)[:, None])[:, 1].tolist() == [0, 0, 0, 0]
+
+
+def test_turning_finds_rotation_reflection_and_size():
+    rng = np.random.RandomState(0)
+    xy = rng.randn(30, 2)
+    turn = np.array([[0.6, 0.8], [0.8, -0.6]])  # a reflection
+    moved, explained = match.align(xy @ turn / 7 + 3, xy)
+    assert np.allclose(moved, xy - xy.mean(0)) and np.isclose(explained, 1)
+    noise, weak = match.align(rng.randn(30, 2), xy)
+    assert weak < 0.5 and np.isclose(np.linalg.norm(noise), np.linalg.norm(xy - xy.mean(0)))
+    assert match.align(np.zeros((30, 2)), xy)[1] == 0
+
+
+def test_match_numbers_by_hand():
+    cka = np.zeros((2, 2, 1, 2, 3))  # seeds, without and with projector, one moment, 2 x 3 layers
+    cka[0, 0, 0] = [[0.9, 0.5, 0.1], [0.2, 0.6, 0.7]]
+    cka[:, 1, 0, 1, 2] = [0.8, 0.2]
+    now = match.match_numbers(cka, 0, 0, 0, (1, 1))
+    assert now["value"] == 0.6 and now["best"] == 2 and now["mean"] == -0.3
+    assert np.isclose(match.match_numbers(cka, 1, 0, 0, (1, 2))["mean"], 0.15)  # +0.1 and +0.2
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_match_figure_shows_pair_class_and_example(long):
+    a = stored.load()
+    names = [f"digit {k}" if long else str(k) for k in range(10)]
+    planes = a["layer_teacher"][1, 2], a["layer_student"][1, 0, 1, 3]
+    fig = match.match_figure(a["layer_cka"], 0, 1, 1, (2, 3), planes, a["labels"][:200], (stored.LAYERS,) * 2,
+                             stored.LAYER_STEPS, names, klass=3, example=7)
+    assert np.allclose(fig.data[0].z, a["layer_cka"][1, 0, 1])
+    assert np.allclose(fig.data[2].y, a["layer_cka"][:, 0, :, 2, 3].mean(0))
+    frame = fig.layout.shapes[0]
+    assert (frame.x0, frame.y0) == (2.5, 1.5) and fig.data[6].x == (fig.data[5].x[7],)
+    cloud = fig.data[5]
+    clear = np.array(cloud.marker.opacity) == 1 if long else np.char.startswith(cloud.textfont.color, "rgba") == 0
+    assert (clear == (a["labels"][:200] == 3)).all()
+    plain(fig)

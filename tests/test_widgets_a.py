@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from kdlab.figures.dark import class_tree, dark_matrix, likeness, shown_classes
+from kdlab.figures.split import shares, split_numbers
 from kdlab.widgets.dark import DarkKnowledge
+from kdlab.widgets.split import DKDSplit
 from test_widgets import messages
 
 
@@ -161,3 +163,77 @@ def test_the_matrix_and_tree_by_hand():
     assert set(merges[0, :2]) == {0, 2} and merges[0, 2] == pytest.approx(2 / 3)
     assert abs(order.index(0) - order.index(2)) == 1
     assert len(shown_classes(np.full((30, 30), 0.1), 7)) == 7
+
+
+@pytest.fixture
+def split(arrays):
+    return DKDSplit(arrays["teacher"], arrays["student"], arrays["y"])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("alpha", 2.0), ("beta", 0.5), ("confidence", 0.95), ("T", 1.0), ("example", 7)])
+def test_split_one_message_a_change(split, name, value):
+    follows(split, name, value)
+
+
+@pytest.mark.parametrize("T", [1.0, 8.0])
+@pytest.mark.parametrize("i", [0, 17])
+def test_split_parts_make_the_whole_divergence(arrays, T, i):
+    p, q = softmax(arrays["teacher"][i], T), softmax(arrays["student"][i], T)
+    now = split_numbers(arrays["teacher"][i], arrays["student"][i], arrays["y"][i], T)
+    assert np.isclose(now["kd"], (p * np.log(p / q)).sum()) and np.isclose(now["rest"], 1 - p[arrays["y"][i]])
+    sure = split_numbers(arrays["teacher"][i], arrays["student"][i], arrays["y"][i], T, confidence=0.9)
+    assert np.isclose(sure["others"], now["others"]) and np.isclose(sure["rest"], 0.1)
+    moved = 0.1 * p / now["rest"]
+    moved[arrays["y"][i]] = 0.9
+    assert np.isclose(sure["kd"], (moved * np.log(moved / q)).sum())
+
+
+def test_split_keeps_what_a_sure_teacher_knows():
+    "At 1 - p_t = 1e-30 the other classes still have their proportions."
+    now = split_numbers([0.0, -69.0, -69.0 + np.log(3)], [0.0, 0.0, 0.0], 0, T=1)
+    assert np.allclose(now["hats"][0], [0.25, 0.75]) and 0 < now["rest"] < 1e-29
+    assert shares(now, 0, 0)["DKD"]["share"] == 0  # nothing is left of the loss
+
+
+@pytest.mark.parametrize("state", [dict(), dict(confidence=0.99, beta=2.0), dict(T=1.0, alpha=0.5, example=9)])
+def test_split_code_runs(split, arrays, state):
+    split.assign(**state)
+    space = dict(teacher_logits=arrays["teacher"], student_logits=arrays["student"].tolist(), labels=arrays["y"])
+    exec(split.code(), space)
+    first, second = ([t for t in split.fig.data if t.type == "bar"][k] for k in (4, 5))
+    kd_share = 100 * (1 - space["p_t"]) * space["others"] / space["kd"]
+    assert np.allclose(second.x, [kd_share, 100 * split.beta * space["others"] / space["dkd"]])
+    assert np.allclose(np.add(first.x, second.x), 100) and f"= {space['kd']:.3g} nats" in split.panel.text
+    assert np.allclose(split.fig.data[2].y, np.delete(space["p"], space["y"]) / (1 - space["p"][space["y"]]))
+
+
+def test_split_markers_lie_on_their_curves(split):
+    split.assign(confidence=0.9, beta=1.0)
+    for k in (6, 8):
+        line, mark = split.fig.data[k], split.fig.data[k + 1]
+        assert np.isclose(np.interp(mark.x[0], line.x, line.y), mark.y[0], atol=1) and mark.x[0] == pytest.approx(1)
+
+
+def test_split_state(split, arrays):
+    round_trip(split, arrays["teacher"], arrays["student"], arrays["y"], alpha=0.0, confidence=0.8, T=2.0, example=4)
+
+
+def test_split_takes_what_comes(arrays):
+    two = DKDSplit([[0.0, 2.0]], [[1.0, 0.0]])
+    assert two.panel.error == "" and len(two.fig.data[2].y) == 1
+    z = np.random.default_rng(0).normal(size=(2, 1000))
+    many = DKDSplit(z, z[::-1], class_names=[f"species {k}" for k in range(1000)])
+    assert many.panel.error == "" and len(many.fig.data[2].y) == 12
+    broken = arrays["student"].copy()
+    broken[1, 1] = np.inf
+    view = DKDSplit(arrays["teacher"], broken)
+    assert view.panel.error == ""
+    view.example = 1
+    assert "choose another example" in view.panel.error
+    view.assign(example=0, confidence=1.0)
+    assert "confidence must lie in (0, 1)" in view.panel.error
+    with pytest.raises(ValueError, match="must have one shape"):
+        DKDSplit(arrays["teacher"], arrays["student"][:5])
+    with pytest.raises(ValueError, match="at least two classes"):
+        DKDSplit([[1.0]], [[1.0]])

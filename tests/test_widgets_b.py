@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 
 from kdlab.figures import stored
+from kdlab.widgets.match import LayerMatch
 from kdlab.widgets.reliability import Reliability
 
-VIEWS = {"reliability": Reliability}
+VIEWS = {"reliability": Reliability, "match": LayerMatch}
 CHANGES = [  # a control, and a value that it does not have at birth
     ("reliability", "model", 2), ("reliability", "step", 2), ("reliability", "seed", 3), ("reliability", "bins", 20),
     ("reliability", "T", 2.0), ("reliability", "equal_mass", True),
+    ("match", "hint", True), ("match", "step", 1), ("match", "seed", 2), ("match", "teacher", 0), ("match", "student", 2),
+    ("match", "klass", 3), ("match", "example", 9),
 ]
 
 
@@ -119,6 +122,75 @@ def test_reliability_says_what_to_give(call, message):
 
 def test_too_few_examples_are_told_in_the_widget():
     assert "at least 4 examples" in Reliability(np.eye(3), [0, 1, 2]).panel.error
+
+
+# layer match
+
+def features(n=20):
+    rng = np.random.RandomState(0)
+    x = rng.randn(n, 6)
+    return {"first": x, "map": rng.randn(n, 2, 3, 3)}, {"a": x[:, :3], "b": np.tanh(x)}
+
+
+@pytest.mark.parametrize("state", [dict(), dict(hint=True, step=1, seed=3, teacher=1, student=4)])
+def test_code_of_layer_match(made, state):
+    view = made["match"]
+    view.assign(**state)
+    space = {}
+    exec(view.code(), space)
+    assert f"CKA of {space['value']:.2f}" in view.panel.text and f"{space['mean']:+.3f}" in view.panel.text
+    assert f"layer of the student is {stored.LAYERS[space['best']]} (" in view.panel.text
+    view.reset()
+
+
+def test_layer_match_of_own_features():
+    teacher, student = features()
+    view = LayerMatch(teacher, student)
+    assert view.panel.error == "" and {"teacher", "student", "klass", "example"} == set(view.panel.values)
+    sent = messages(view.fig)
+    view.teacher = 0
+    assert sent == ["_py2js_update"]
+    for view.teacher, view.student in ((0, 0), (0, 1), (1, 0)):
+        space = dict(teacher_features=teacher, student_features=student)
+        exec(view.code(), space)
+        assert f"CKA of {space['value']:.2f}" in view.panel.text
+        assert np.isclose(space["value"], view.fig.data[0].z[view.teacher][view.student])
+    view.student = 9
+    assert view.panel.error == "student must lie in 0..1, got 9"
+
+
+def test_clicks_choose_pair_and_example(made):
+    view = made["match"]
+    view.point("click", [(0, [1, 3])])  # a cell of the map, as plotly names it
+    assert (view.teacher, view.student) == (1, 3)
+    cloud = [k for k, one in enumerate(view.fig.data) if one.xaxis == "x4"][0]
+    view.point("click", [(cloud, 17)])
+    view.point("click", [(1, 2)])  # a curve: nothing to choose
+    assert view.example == 17 and (view.teacher, view.student) == (1, 3)
+    view.reset()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda t, s: LayerMatch(t["first"], s), "teacher_features must be a dict of arrays"),
+    (lambda t, s: LayerMatch(t, None), "student_features must be a dict of arrays"),
+    (lambda t, s: LayerMatch(t, {"a": np.zeros(20)}), r"must have shape \(N, ...\)"),
+    (lambda t, s: LayerMatch(t, {"a": np.ones((20, 3))}), "the same for all examples"),
+    (lambda t, s: LayerMatch(t, {"a": np.full((20, 3), np.nan)}), "holds NaN"),
+    (lambda t, s: LayerMatch(t, {"a": s["a"][:9]}), r"the same examples in the same order; got \[9, 20\]"),
+    (lambda t, s: LayerMatch(t, s, labels=[1, 2]), r"labels must be whole numbers of shape \(20,\)"),
+    (lambda t, s: LayerMatch(t, s, images=np.zeros((2, 8, 8))), r"images must have shape \(20"),
+])
+def test_layer_match_says_what_to_give(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*features())
+
+
+def test_layer_match_with_a_thousand_classes():
+    teacher, student = features(30)
+    y = np.arange(30) * 33
+    view = LayerMatch(teacher, student, y, class_names=[f"class {k}" for k in range(1000)])
+    view.klass = 0
+    assert view.panel.error == "" and "Class class 0 stands out" in view.panel.text
 
 
 def test_the_stored_runs_have_what_the_views_show():

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'to_numpy', 'check_logits',
            'check_labels', 'check_images', 'check_names', 'check_ids', 'check_index', 'check_runs', 'check_pair',
-           'softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'series', 'layout', 'are_long', 'class_axis',
-           'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle', 'button', 'page',
-           'write_page']
+           'check_both', 'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'series', 'layout',
+           'are_long', 'class_axis', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice',
+           'toggle', 'button', 'page', 'write_page']
 
 # %% ../../nbs/api/figures/00_kit.ipynb #5612f205
 import json
@@ -138,6 +138,19 @@ def check_pair(
         raise ValueError("labels must hold the true class of each example, (N,) whole numbers")
     return t, s, check_labels(labels, *t.shape[1:])
 
+# %% ../../nbs/api/figures/00_kit.ipynb #4b7721f1
+def check_both(
+    teacher_logits,  # (N, C)
+    student_logits,  # the same shape
+    labels=None,  # (N,) true classes; the teacher's first guess if None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Teacher's and student's logits (N, C), of which rows may hold NaN, and labels (N,); or a `ValueError`."
+    t, s = check_logits(teacher_logits, "teacher_logits"), check_logits(student_logits, "student_logits")
+    if t.shape != s.shape:
+        raise ValueError("teacher_logits and student_logits must have one shape (N, C): the same examples and classes; "
+                         f"got {t.shape} and {s.shape}")
+    return t, s, t.argmax(-1) if labels is None else check_labels(labels, *t.shape)
+
 # %% ../../nbs/api/figures/00_kit.ipynb #960a724b
 def softmax(
     logits,  # (..., C) scores
@@ -150,6 +163,15 @@ def softmax(
     with np.errstate(invalid="ignore"):
         e = np.exp(z - z.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+# %% ../../nbs/api/figures/00_kit.ipynb #2d434e9f
+def log_softmax(
+    logits,  # (..., C) finite scores
+) -> np.ndarray:
+    "Logarithm of the softmax over the last axis; it stays exact where the softmax itself is 0 or 1."
+    z = np.asarray(logits, dtype=np.float64)
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
 # %% ../../nbs/api/figures/00_kit.ipynb #8143e158
 def entropy(
