@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #2f6fc0a2
+# %% ../nbs/api/00_kdlab.ipynb #19a8fe6a
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -24,6 +24,7 @@ _HOMES = {
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
+    "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
     "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
@@ -36,6 +37,7 @@ _HOMES = {
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",

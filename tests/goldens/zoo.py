@@ -1,0 +1,194 @@
+"""What the losses on maps are worth, written a second time: numpy, float64, no kdlab and no torch.
+
+`python tests/goldens/zoo.py` writes zoo.json beside it. Gradients are complex steps: with no difference of near numbers
+they are exact to rounding, and they need nothing but the formula of the value.
+"""
+import json
+from math import ceil, erf, exp, pi, sqrt
+from pathlib import Path
+
+import numpy as np
+
+RNG = np.random.default_rng(3)
+B = 3
+MASK = np.array([True, False, True])
+
+
+def new(*shape): return np.round(RNG.standard_normal(shape) + 0.2, 2)
+
+
+S, Z = new(B, 2, 5, 4), new(B, 2, 5, 4)  # maps of the student and of the teacher, same shape
+WIDE = new(B, 3, 3, 4)  # of a wider teacher, another size
+S2, Z2 = new(B, 3, 3, 4), new(B, 3, 3, 4)  # maps of a later layer
+GAMMA, BETA = np.array([1.5, 0.5]), np.array([0.3, -0.4])  # of a batch norm
+WHERE = np.round(RNG.random((B, 5, 4)), 2) * (RNG.random((B, 5, 4)) < 0.7)
+
+
+# tools that let complex numbers through
+
+def absolute(x): return x * np.sign(x.real)
+def flat(x): return x.reshape(*x.shape[:2], -1)
+def unit(x): return x / np.sqrt((x * x).sum(-1, keepdims=True))
+def mean(x): return x.reshape(len(x), -1).mean(1)
+def gram(x): return flat(x) @ flat(x).transpose(0, 2, 1)
+
+
+def pool(x, size):
+    "Adaptive average pooling: overlapping windows where sizes do not divide."
+    for axis, n in zip((2, 3), size):
+        m = x.shape[axis]
+        windows = [x.take(range(i * m // n, ceil((i + 1) * m / n)), axis).mean(axis) for i in range(n)]
+        x = np.stack(windows, axis)
+    return x
+
+
+def meet(a, b):
+    size = [min(n) for n in zip(a.shape[2:], b.shape[2:])]
+    return pool(a, size), pool(b, size)
+
+
+# the losses: (student, teacher) -> a value a sample
+
+def nst(s, t, normalise=unit):
+    s, t = (normalise(flat(x)) for x in meet(s, t))
+    k = lambda a, b: ((a @ b.transpose(0, 2, 1))**2).mean((1, 2))
+    return k(s, s) + k(t, t) - 2 * k(s, t)
+
+
+def ickd(s, t): return mean((unit(gram(s)) - unit(gram(t)))**2)
+
+
+def flow(a, b):
+    a, b = map(flat, meet(a, b))
+    return a @ b.transpose(0, 2, 1) / a.shape[2]
+
+
+def fsp(s, t): return mean((flow(s, S2) - flow(t, Z2))**2)
+
+
+def factor(x): return unit((x * x).mean(1).reshape(len(x), -1))
+
+
+def factor_transfer(s, t):
+    s, t = meet(s, t)
+    return mean(absolute(factor(s) - factor(t)))
+
+
+def activation_boundary(s, t, margin=1.0):
+    return mean(np.where(t > 0, (margin - s) * (s.real < margin), (margin + s) * (s.real > -margin))**2)
+
+
+def margins():
+    "E[x | x < 0] for normal x."
+    density = lambda z: exp(-z * z / 2) / sqrt(2 * pi)
+    below = lambda z: (1 + erf(z / sqrt(2))) / 2
+    return np.array([b - g * density(b / g) / below(-b / g) for b, g in zip(BETA, GAMMA)])
+
+
+def overhaul(s, t, margin=None):
+    margin = margins() if margin is None else margin
+    t = np.maximum(t, margin[:, None, None])
+    return mean((s - t)**2 * ~((s.real <= t) & (t <= 0)))
+
+
+def hierarchical_context(s, t, weights=(1, 1 / 2, 1 / 4, 1 / 8)):
+    values = [mean((s - t)**2), *(mean((pool(s, (n, n)) - pool(t, (n, n)))**2) for n in (4, 2, 1))]
+    return sum(w * v for w, v in zip(weights, values)) / sum(weights)
+
+
+def attention(t, softness=0.5):
+    strength = np.exp(np.abs(t).mean(1) / softness)
+    return strength / strength.mean((1, 2), keepdims=True)
+
+
+def amplitude(x):
+    "|F x|, from sums of cosines and sines."
+    h, w = x.shape[2:]
+    rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    angle = 2 * pi * (np.multiply.outer(np.arange(h), rows)[:, None] / h + np.multiply.outer(np.arange(w), columns)[None] / w)
+    parts = (np.einsum("bchw,uvhw->bcuv", x, f(angle)) for f in (np.cos, np.sin))
+    return np.sqrt(sum(p * p for p in parts) / (h * w))
+
+
+def fourier(s, t): return mean((amplitude(s) - amplitude(t))**2)
+
+
+# reductions
+
+def over_samples(rows, mask=MASK): return rows[mask].mean()
+
+
+def imitation(where, pixels=lambda d: (d * d).mean(1)):
+    def value(s, t, mask=MASK):
+        w = where(t)
+        return (pixels(s - t) * w)[mask].sum() / w[mask].sum()
+    return value
+
+
+def gradient(f, s, h=1e-30):
+    "d f / d s by complex steps."
+    out = np.zeros(s.shape)
+    for at in np.ndindex(*s.shape):
+        x = s.astype(complex)
+        x[at] += 1j * h
+        out[at] = f(x).imag / h
+    return out
+
+
+def entry(f, s=S, t=Z, symmetric=False, whole=False, entries=None, **wrong):
+    "Value, gradient, and the values of the usual mistakes."
+    value = f if whole else lambda a, b, mask=MASK: over_samples(f(a, b), mask)
+    mistakes = {"no mask": value(s, t, np.ones(B, bool))} | wrong
+    if not symmetric and s.shape == t.shape: mistakes["arguments swapped"] = value(t, s)
+    if entries: mistakes["sum over entries"] = entries * value(s, t)
+    out = {"value": value(s, t), "gradient": gradient(lambda x: value(x, t), s), "wrong": mistakes}
+    if not whole: out["rows"] = np.where(MASK, f(s, t), 0)
+    return out
+
+
+def goldens():
+    at_transfer = over_samples(mean((factor(meet(S, WIDE)[0]) - factor(meet(S, WIDE)[1]))**2))
+    squares = over_samples(mean((S - Z)**2))
+    losses = {
+        "nst": entry(nst, t=WIDE, linear=over_samples(nst(S, WIDE, lambda x: x)),
+                     **{"normalised over channels": over_samples(nst(S, WIDE, lambda x: unit(x.transpose(0, 2, 1)).transpose(0, 2, 1)))}),
+        "ickd": entry(ickd, symmetric=True, entries=2, **{
+            "rows not normalised": over_samples(mean((gram(S) - gram(Z))**2)),
+            "one length for the matrix": over_samples(mean((gram(S) / np.sqrt((gram(S)**2).sum((1, 2), keepdims=True))
+                                                            - gram(Z) / np.sqrt((gram(Z)**2).sum((1, 2), keepdims=True)))**2))}),
+        "fsp": entry(fsp, entries=6, **{"not divided by pixels": 144 * over_samples(fsp(S, Z))}),
+        "factor_transfer": entry(factor_transfer, t=WIDE, entries=12, **{"squares": at_transfer}),
+        "activation_boundary": entry(activation_boundary, entries=40, **{
+            "no margin": over_samples(activation_boundary(S, Z, 0.0)), "hint": squares}),
+        "activation_boundary wide": entry(lambda s, t: activation_boundary(s, t, 2.5)),
+        "overhaul": entry(overhaul, entries=40, **{
+            "plain ReLU": over_samples(overhaul(S, Z, np.zeros(2))), "hint": squares,
+            "not partial": over_samples(mean((S - np.maximum(Z, margins()[:, None, None]))**2))}),
+        "hierarchical_context": entry(hierarchical_context, symmetric=True, **{
+            "weights not divided": 15 / 8 * over_samples(hierarchical_context(S, Z)), "hint": squares,
+            "equal weights": over_samples(hierarchical_context(S, Z, (1, 1, 1, 1)))}),
+        "imitation": entry(imitation(attention), whole=True, hint=squares),
+        "imitation where": entry(imitation(lambda t: WHERE), whole=True, symmetric=True, hint=squares, **{
+            "sum over channels": imitation(lambda t: WHERE, lambda d: (d * d).sum(1))(S, Z)}),
+        "fourier": entry(fourier, symmetric=True, hint=squares, **{
+            "not scaled": 20 * over_samples(fourier(S, Z)),
+            "phases kept": over_samples(mean(np.abs(np.fft.fft2(S - Z, norm="ortho"))**2))}),
+    }
+    inputs = dict(student=S, teacher=Z, wide=WIDE, student2=S2, teacher2=Z2, gamma=GAMMA, beta=BETA, where=WHERE, mask=MASK,
+                  margins=margins())
+    return {"inputs": inputs, "losses": losses}
+
+
+def plain(x):
+    "Arrays and numpy numbers as lists and floats."
+    if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, np.ndarray): return x.tolist()
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def text():
+    return json.dumps(plain(goldens()), ensure_ascii=False, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".json").write_text(text(), encoding="utf-8")
