@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Numbered', 'ids_of', 'store', 'Cache', 'load']
 
-# %% ../nbs/api/04_cache.ipynb #6e2bfc96
+# %% ../nbs/api/04_cache.ipynb #1092fcbb
 import itertools
 import json
 import zlib
@@ -20,6 +20,7 @@ from .functional import sparse
 from .losses import CrossEntropy, Loss, SoftKL
 from .losses.objective import shown
 from .losses.sparse import SparseForwardKL, SparseLoss
+from .terms import Source
 
 # %% ../nbs/api/04_cache.ipynb #1a60b73c
 class Numbered(Dataset):
@@ -292,9 +293,9 @@ class _Stored:
         "What the teacher said about these samples."
         return _unpacked(self._taken(self._rows(ids), [k for k in self._shards[0] if k not in ("ids", "sums")]))
 
-# %% ../nbs/api/04_cache.ipynb #0bcaa10c
-class Cache(_Stored):
-    "Stored outputs of a teacher by sample id: `cache[ids]`. Made by `store` and `load`."
+# %% ../nbs/api/04_cache.ipynb #3aedd7e0
+class Cache(_Stored, Source):
+    "Stored outputs of a teacher: pass it to `kd.distill` as teacher, or ask `cache[ids]`. Made by `store` and `load`."
     def __repr__(self):
         p = self.plan
         what = "whole logits" if p["top_k"] is None else f"top {p['top_k']} at T={p['T']:g}, tail {p['tail']}"
