@@ -54,11 +54,25 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #047e1a8e
-_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks timing").split()
-_MODULES = ("adapters cache calling distilling experiments functional losses measures nets ops placebos reference "
-            "schedules taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #3daa8033
+_MODULES = """
+adapters
+cache
+calling
+distilling
+experiments
+functional
+losses
+measures
+nets
+ops
+placebos
+reference
+schedules
+taps
+tasks
+timing
+""".split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
