@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #bdc6be0f
+# %% ../nbs/api/00_kdlab.ipynb #65f2980f
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -33,11 +33,13 @@ _HOMES = {
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
     "kdlab.adapters": "Projector build",
+    "kdlab.gaps": "Gap gap",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
@@ -46,9 +48,9 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #633ae6c8
-_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #f74363f0
+_MODULES = ("adapters cache calling distilling experiments functional losses measures nets ops placebos reference "
+            "schedules taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'to_numpy', 'check_logits',
            'check_labels', 'check_images', 'check_names', 'check_ids', 'check_index', 'check_runs', 'check_pair',
-           'check_both', 'softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'series', 'layout', 'are_long',
-           'class_axis', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle',
-           'button', 'page', 'write_page']
+           'check_both', 'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'series', 'layout',
+           'are_long', 'class_axis', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice',
+           'toggle', 'button', 'page', 'write_page']
 
 # %% ../../nbs/api/figures/00_kit.ipynb #5612f205
 import json
@@ -163,6 +163,15 @@ def softmax(
     with np.errstate(invalid="ignore"):
         e = np.exp(z - z.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+# %% ../../nbs/api/figures/00_kit.ipynb #2d434e9f
+def log_softmax(
+    logits,  # (..., C) finite scores
+) -> np.ndarray:
+    "Logarithm of the softmax over the last axis; it stays exact where the softmax itself is 0 or 1."
+    z = np.asarray(logits, dtype=np.float64)
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
 # %% ../../nbs/api/figures/00_kit.ipynb #8143e158
 def entropy(
