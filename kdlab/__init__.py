@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #a1357013
+# %% ../nbs/api/00_kdlab.ipynb #c7b58371
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -25,7 +25,8 @@ _HOMES = {
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
-    "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
+    "kdlab.losses.relations": "CKA CorrelationCongruence DIST PKT RKD RKDAngle RKDDistance Similarity "
+                              "SimilarityKL",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
     "kdlab.distilling": "distill Run load predict",
