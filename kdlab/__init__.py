@@ -46,9 +46,9 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #633ae6c8
+# %% ../nbs/api/00_kdlab.ipynb #eeda78f5
 _MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks").split()
+            "schemes taps tasks").split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
