@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #809f3987
+# %% ../nbs/api/00_kdlab.ipynb #d5eeda70
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -44,6 +44,7 @@ _HOMES = {
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
+    "kdlab.widgets.clinic": "BugClinic",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
