@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #d5eeda70
+# %% ../nbs/api/00_kdlab.ipynb #baa36b87
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -25,7 +25,8 @@ _HOMES = {
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
-    "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
+    "kdlab.losses.relations": "CKA CorrelationCongruence DIST PKT RKD RKDAngle RKDDistance Similarity "
+                              "SimilarityKL",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
     "kdlab.distilling": "distill Run load predict",
@@ -39,18 +40,42 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.board": "AlphaT",
+    "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.balance": "TSquaredBalance",
+    "kdlab.widgets.placebo": "PlaceboTeacher",
+    "kdlab.widgets.capacity": "CapacityGap",
+    "kdlab.widgets.transfer": "TransferSet",
+    "kdlab.widgets.precision": "Precision",
+    "kdlab.widgets.kernels": "CompareKernels",
+    "kdlab.widgets.live": "LiveRun",
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.clinic": "BugClinic",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #f74363f0
-_MODULES = ("adapters cache calling distilling experiments functional losses measures nets ops placebos reference "
-            "schedules taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #3daa8033
+_MODULES = """
+adapters
+cache
+calling
+distilling
+experiments
+functional
+losses
+measures
+nets
+ops
+placebos
+reference
+schedules
+taps
+tasks
+timing
+""".split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
