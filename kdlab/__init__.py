@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
-# %% ../nbs/api/00_kdlab.ipynb #49cf40d5
+# %% ../nbs/api/00_kdlab.ipynb #2f40d1e9
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
@@ -41,6 +41,7 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.board": "AlphaT",
+    "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
@@ -53,6 +54,7 @@ _HOMES = {
     "kdlab.widgets.live": "LiveRun",
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
+    "kdlab.widgets.clinic": "BugClinic",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
