@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
-# %% ../nbs/api/00_kdlab.ipynb #2f40d1e9
+# %% ../nbs/api/00_kdlab.ipynb #9cdf3b49
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
@@ -30,6 +30,10 @@ _HOMES = {
                               "SimilarityKL",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
+}
+
+# %% ../nbs/api/00_kdlab.ipynb #bc064fd9
+_HOMES |= {
     "kdlab.distilling": "distill Run load predict",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
