@@ -9,10 +9,11 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #c7b58371
+# %% ../nbs/api/00_kdlab.ipynb #7cb2a11f
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
+# %% ../nbs/api/00_kdlab.ipynb #9cdf3b49
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
@@ -29,6 +30,10 @@ _HOMES = {
                               "SimilarityKL",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
+}
+
+# %% ../nbs/api/00_kdlab.ipynb #bc064fd9
+_HOMES |= {
     "kdlab.distilling": "distill Run load predict",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
@@ -40,6 +45,7 @@ _HOMES = {
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
     "kdlab.widgets.board": "AlphaT",
+    "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
@@ -52,10 +58,13 @@ _HOMES = {
     "kdlab.widgets.live": "LiveRun",
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
+    "kdlab.widgets.clinic": "BugClinic",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #3daa8033
+# %% ../nbs/api/00_kdlab.ipynb #0829d1af
+_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
+            "schemes taps tasks").split()
 _MODULES = """
 adapters
 cache
