@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #809f3987
+# %% ../nbs/api/00_kdlab.ipynb #7e2ad0ef
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -33,6 +33,7 @@ _HOMES = {
     "kdlab.taps": "Taps layers pair",
     "kdlab.adapters": "Projector build",
     "kdlab.gaps": "Gap gap",
+    "kdlab.gap_reports": "report",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",

@@ -393,7 +393,7 @@ def _value(name, value, at)->str:
     text = f"{scale * v:{sign}{digits}}"
     return text if low is None else f"{text} [{scale * low:{sign}{digits}}, {scale * high:{sign}{digits}}]"
 
-# %% ../nbs/api/08_gaps.ipynb #5f61d492
+# %% ../nbs/api/08_gaps.ipynb #7f7f0794
 class Gap(_Summary):
     """What `kd.gap` returns: the space between a student and its teacher.
 
@@ -409,7 +409,8 @@ class Gap(_Summary):
     def _names(self)->dict[str, str]:
         "What the measures are called in a table."
         times = self.teacher.cost.get("latency") or {}
-        where = f", batch of {times.get('batch')}, {times.get('device')}, {times.get('threads')} threads"
+        threads = times.get("threads")
+        where = f", batch of {times.get('batch')}, {times.get('device')}, {threads} thread{'s' * (threads != 1)}"
         return {"accuracy": "accuracy %", "nll": "log-loss, nats", "brier": "Brier score",
                 "calibration_error": f"calibration error %, {self.bins} bins",
                 "calibration_chance": "  a calibrated one stays below",

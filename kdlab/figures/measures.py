@@ -7,12 +7,12 @@ __all__ = ['LOOKS', 'class_rows', 'class_figure', 'class_sentence', 'agreement_f
            'calibration_figure', 'calibration_sentence', 'wrong_shares', 'similarity_figure', 'similarity_sentence',
            'cka_figure', 'best_layers', 'cka_sentence']
 
-# %% ../../nbs/api/figures/30_measures.ipynb #aaa15887
+# %% ../../nbs/api/figures/30_measures.ipynb #1ab2d7cf
 import numpy as np
 import plotly.graph_objects as go
 
 from .dark import dark_order, likeness, shown_classes
-from .kit import GRID, HATCH, INK, are_long, layout, series
+from .kit import HATCH, INK, are_long, layout, series
 
 # %% ../../nbs/api/figures/30_measures.ipynb #d6dd09bd
 LOOKS = {"teacher": series(2), "student": series(0)}
@@ -35,27 +35,23 @@ def class_rows(
 def _percent(values):
     return [None if not np.isfinite(v) else float(100 * v) for v in np.atleast_1d(values)]
 
-# %% ../../nbs/api/figures/30_measures.ipynb #e8d0979c
-def _bars(value, low, high):
+# %% ../../nbs/api/figures/30_measures.ipynb #780e1208
+def _bars(value, low, high, color=INK):
     "Error bars from an interval."
     pick = lambda a, b: [max(0.0, float(100 * (y - x))) if np.isfinite([x, y]).all() else 0 for x, y in zip(a, b)]
-    return dict(type="data", symmetric=False, array=pick(value, high), arrayminus=pick(low, value), thickness=1.5,
-                width=0, color=GRID.replace("0.28", "0.8"))
+    return dict(type="data", symmetric=False, array=pick(value, high), arrayminus=pick(low, value), thickness=2,
+                width=4, color=color)
 
-# %% ../../nbs/api/figures/30_measures.ipynb #734ae9fe
-def _accuracies(parts, rows, names):
-    "The joining lines, and a mark for each of the two."
-    y = list(range(len(rows)))
-    ends = [v for i, k in zip(y, rows) for v in (100 * parts["teacher"][k], 100 * parts["student"][k], None)]
-    joined = dict(type="scatter", mode="lines", x=[None if v is None else float(v) for v in ends],
-                  y=[v for i in y for v in (i, i, None)], line=dict(color=INK, width=2), hoverinfo="skip", showlegend=False)
-    marks = [dict(type="scatter", mode="markers", name=who, x=_percent(parts[who][rows]), y=y, cliponaxis=False,
-                  marker=dict(color=LOOKS[who]["color"], symbol=LOOKS[who]["symbol"], size=13),
-                  error_x=_bars(parts[who][rows], parts[f"{who}_low"][rows], parts[f"{who}_high"][rows]),
-                  hovertemplate=f"{who}: %{{x:.1f}}%<extra></extra>") for who in LOOKS]
-    return [joined, *marks]
+# %% ../../nbs/api/figures/30_measures.ipynb #06152d29
+def _accuracies(parts, rows):
+    "A mark with its interval for each of the two, the teacher a little above the middle of the row and the student below."
+    return [dict(type="scatter", mode="markers", name=who, x=_percent(parts[who][rows]), cliponaxis=False,
+                 y=[i + shift for i in range(len(rows))],
+                 marker=dict(color=LOOKS[who]["color"], symbol=LOOKS[who]["symbol"], size=13),
+                 error_x=_bars(parts[who][rows], parts[f"{who}_low"][rows], parts[f"{who}_high"][rows], LOOKS[who]["color"]),
+                 hovertemplate=f"{who}: %{{x:.1f}}%<extra></extra>") for who, shift in (("teacher", -0.17), ("student", 0.17))]
 
-# %% ../../nbs/api/figures/30_measures.ipynb #77deb549
+# %% ../../nbs/api/figures/30_measures.ipynb #dd00e4f4
 def class_figure(
     parts:dict,  # arrays (C,): count, teacher, student, with _low and _high; difference, low, high; in 0..1
     names:list[str],  # of the C classes
@@ -66,18 +62,19 @@ def class_figure(
     d, low, high = (parts[k][rows] for k in ("difference", "low", "high"))
     clear = (low > 0) | (high < 0)
     right = dict(type="scatter", mode="markers", x=_percent(d), y=list(range(len(rows))), xaxis="x2", yaxis="y2",
-                 showlegend=False, error_x=_bars(d, low, high) | dict(color=INK, thickness=2.5, width=6),
+                 showlegend=False, error_x=_bars(d, low, high),
                  marker=dict(color=[series(1)["color"] if c else INK for c in clear], size=12, line=dict(width=2),
                              symbol=["diamond" if c else "circle-open" for c in clear]),
                  hovertemplate="%{x:+.1f} points<extra></extra>")
     short = [f"{names[k] if len(names[k]) < 14 else names[k][:12] + '…'} ({int(parts['count'][k])})" for k in rows]
+    least = np.nanmin([parts[f"{who}_low"][rows] for who in LOOKS])
     reach = 1.1 * max(5.0, *np.abs(100 * np.nan_to_num(np.concatenate([low, high]))))
     lines = dict(range=[len(rows) - 0.4, -0.6], showgrid=False, showline=False, ticks="", zeroline=False)
-    return go.Figure([*_accuracies(parts, rows, names), right], layout(
-        150 + 30 * len(rows), {"Accuracy (%)": (0, 1.01), "Student minus teacher (points)": (0.66, 1.01)},
+    return go.Figure([*_accuracies(parts, rows), right], layout(
+        150 + 36 * len(rows), {"Accuracy (%)": (0, 1.01), "Student minus teacher (points)": (0.66, 1.01)},
         margin=dict(l=130, r=16, t=76, b=44), showlegend=True,
         legend=dict(orientation="h", x=0, y=1, yref="container", yanchor="top"),
-        xaxis=dict(domain=[0, 0.6], range=[-2, 102]), yaxis=lines | dict(tickvals=list(range(len(rows))), ticktext=short),
+        xaxis=dict(domain=[0, 0.6], range=[100 * max(0.0, least) - 3, 102]), yaxis=lines | dict(tickvals=list(range(len(rows))), ticktext=short),
         xaxis2=dict(domain=[0.66, 1], anchor="y2", range=[-reach, reach], zeroline=True, zerolinecolor=INK,
                     zerolinewidth=2), yaxis2=lines | dict(anchor="x2", showticklabels=False)))
 
@@ -121,7 +118,7 @@ def agreement_sentence(agree, teacher, student) -> str:
     return (f"They choose the same class for {100 * agree.mean():.1f}% of {len(agree)} samples; "
             f"in {sure} of the other{'s' * (sure != 1)} both are more than 80% sure of different classes.")
 
-# %% ../../nbs/api/figures/30_measures.ipynb #f9478579
+# %% ../../nbs/api/figures/30_measures.ipynb #b0183336
 def _reliability(now, axis, who):
     "Bars and whiskers of one model."
     full = np.asarray(now["count"]) > 0
@@ -132,7 +129,7 @@ def _reliability(now, axis, who):
     place = dict(xaxis=f"x{axis}", yaxis=f"y{axis}", showlegend=False)
     bars = dict(type="bar", x=((left + right) / 2).tolist(), width=(0.94 * (right - left)).tolist(), y=_percent(accuracy),
                 marker=dict(color=LOOKS[who]["color"], pattern=dict(shape=["/" if o else "" for o in over], **HATCH)),
-                error_y=whisker | dict(color=INK, width=4), customdata=np.column_stack([said, np.asarray(now["count"])[full]]).tolist(),
+                error_y=whisker, customdata=np.column_stack([said, np.asarray(now["count"])[full]]).tolist(),
                 hovertemplate="right %{y:.1f}%, says %{customdata[0]:.3f}, %{customdata[1]} samples<extra></extra>")
     line = dict(type="scatter", mode="lines", x=[0, 1], y=[0, 100], line=dict(color=INK, dash="dot", width=2), hoverinfo="skip")
     return [bars | place, line | place]
@@ -188,18 +185,18 @@ def wrong_shares(
     np.fill_diagonal(out, np.nan)
     return out
 
-# %% ../../nbs/api/figures/30_measures.ipynb #b637dab7
+# %% ../../nbs/api/figures/30_measures.ipynb #8feb3130
 _DARK = [[0, "#f0f0f0"], [0.35, "#8CC6EC"], [0.7, "#0072B2"], [1, "#00263d"]]
 _BOTH = [[0, "#D55E00"], [0.5, "#f0f0f0"], [1, "#0072B2"]]
 
 
 def _map(values, order, names, axis, **parts):
     "A heat map of percent."
-    shown = np.round(100 * values[np.ix_(order, order)], 1)
+    shown = np.round(100 * values[np.ix_(order, order)], 1) + 0.0  # never -0
     z = [[None if not np.isfinite(v) else float(v) for v in row] for row in shown]
     hover = [[f"of a true {names[i]} to {names[k]}: {v}" for k, v in zip(order, row)] for i, row in zip(order, z)]
     return dict(type="heatmap", z=z, showscale=False, xgap=1, ygap=1, hovertext=hover, hoverinfo="text", hoverongaps=False,
-                text=[["" if v is None or len(order) > 10 else f"{v:.0f}" for v in row] for row in z], texttemplate="%{text}",
+                text=[["" if v is None or len(order) > 10 else f"{round(v)}" for v in row] for row in z], texttemplate="%{text}",
                 textfont_size=12, xaxis=f"x{axis}", yaxis=f"y{axis}") | parts
 
 # %% ../../nbs/api/figures/30_measures.ipynb #6f5321ac
