@@ -64,9 +64,7 @@ _HOMES |= {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #0829d1af
-_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "schemes taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #69147edd
 _MODULES = """
 adapters
 cache
@@ -81,6 +79,7 @@ ops
 placebos
 reference
 schedules
+schemes
 taps
 tasks
 timing
