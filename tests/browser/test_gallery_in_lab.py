@@ -13,7 +13,6 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kdlab.widgets.gallery import EXHIBITS
 from lab import ROOT, SHOTS, Record, Traffic, free_port, need
 
-COMPUTES = {x.module for x in EXHIBITS if x.action}
 SHOWN = len(EXHIBITS) + 1  # and the challenge
 WIDGET = ".kd-widget:not(.kd-widget .kd-widget)"
 LOCAL = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
@@ -49,7 +48,7 @@ def test_the_keyboard_moves_each_widget(book, i):
     control.focus()
     shown = f"""i => {{ const w = document.querySelectorAll('{WIDGET}')[i], p = w.querySelector('.js-plotly-plot');
         const parts = p.data.map(d => [d.x, d.y, d.z, d.marker?.color]);
-        return w.querySelector('.kd-text').textContent + JSON.stringify([parts, p.layout.shapes ?? []]) }}"""
+        return w.querySelector('.kd-text').textContent + JSON.stringify([parts, p.layout.shapes, p.layout.yaxis?.type]) }}"""
     before = page.evaluate(shown, i)
     kind = control.evaluate("e => e.type")
     at_end = kind == "range" and control.evaluate("e => e.value === e.max")
