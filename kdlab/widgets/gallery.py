@@ -16,7 +16,7 @@ from ..figures import kit as figures
 from ..figures import stored
 from .kit import KDWidget
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #ead1e48e
+# %% ../../nbs/api/widgets/50_gallery.ipynb #e3e94931
 def _of_one_teacher():
     a = stored.load()
     return dict(logits=a["teacher"][0], images=a["images"], labels=a["labels"])
@@ -33,7 +33,7 @@ def _of_a_run():
     teacher = kd.nets.student_mlp()
     kd.distill(teacher, None, task.loaders().train, epochs=5, progress=False)
     few = task.few(per_class=4).loaders()
-    return dict(student=kd.nets.student_mlp(), teacher=teacher, train=few.train, valid=few.valid, epochs=20)
+    return dict(student=kd.nets.student_mlp(), teacher=teacher, train=few.train, valid=few.valid, epochs=60)
 
 # %% ../../nbs/api/widgets/50_gallery.ipynb #6bf3f133
 class Exhibit(NamedTuple):
@@ -61,7 +61,7 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #bbe48809
+# %% ../../nbs/api/widgets/50_gallery.ipynb #47063d89
 _FIRST = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
@@ -128,7 +128,8 @@ _LAST = (
             action="measure"),
     Exhibit("live", "LiveRun", "When has a student learnt what it can?",
             "Which goes on rising longer: the accuracy, or the agreement with the teacher?",
-            "On forty images the loss in training goes on falling long after the validation curves have flattened. Stop there.",
+            "Both flatten together, and the agreement stays above the accuracy: the student copies its teacher, mistakes included. The "
+            "curves on the validation set, not the loss in training, say when to stop.",
             _of_a_run, "train"),
 )
 EXHIBITS = (*_FIRST, *_LAST)

@@ -80,7 +80,7 @@ def test_a_run_is_drawn_while_it_trains(book):
     book.page.wait_for_function(f"i => ({said})(i).startsWith('Epoch ')", arg=i, timeout=60_000)
     book.page.wait_for_function(f"i => ({said})(i).includes('The run is finished')", arg=i, timeout=120_000)
     plot = book.page.evaluate(f"i => document.querySelectorAll('{WIDGET}')[i].querySelector('.js-plotly-plot').data[0].x", i)
-    assert plot[-1] == 20 and plot == sorted(plot)
+    assert plot[-1] == 60 and plot == sorted(plot)
 
 
 def test_a_reload_keeps_all_traces(book, lab):
