@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #baa36b87
+# %% ../nbs/api/00_kdlab.ipynb #33210463
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
@@ -54,6 +54,7 @@ _HOMES = {
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.clinic": "BugClinic",
+    "kdlab.widgets.distillery": "Distillery",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
