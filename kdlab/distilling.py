@@ -264,12 +264,12 @@ def _check_source(source, objective:Objective)->None:
                                  f"pass the module as project=")
     getattr(source, "check", lambda objective: None)(objective)
 
-# %% ../nbs/api/04_distilling.ipynb #d3c90122
+# %% ../nbs/api/04_distilling.ipynb #b3f89dce
 def _train(trainer:Trainer, out:Path|None, callbacks)->None:
     "The epochs that are left, and a run in order however they end."
     run, plan, team = trainer.run, trainer.run.plan, trainer.ways.team
     before = None if run.teacher is None else plan["teacher_fingerprint"]
-    trainer.bar.initial = trainer.bar.n = run.epoch * (len(trainer.train) if hasattr(trainer.train, "__len__") else 0)
+    trainer.bar.initial = trainer.bar.n = run.epoch * (steps_in(trainer.train) or 0)
     try:
         with own_chance(trainer.device):
             while run.epoch < plan["epochs"] and run.status == "running":

@@ -176,7 +176,7 @@ def _not_finite(value, where, ours, theirs, worth)->str:
     return (f"the loss became {value} in {where}: {cause}. The weights are those before this "
             f"step. Try a smaller lr, and check the inputs for NaN")
 
-# %% ../nbs/api/04_loop.ipynb #73abe5e4
+# %% ../nbs/api/04_loop.ipynb #802880ff
 def epoch(
     trainer:Trainer,
     number:int, # of the epoch, from 0
@@ -200,7 +200,8 @@ def epoch(
 
 def steps_in(train, accumulate:int=1)->int|None:
     "Steps in an epoch, if the loader knows its length."
-    return -(-len(train) // accumulate) if hasattr(train, "__len__") else None
+    try: return -(-len(train) // accumulate)
+    except TypeError: return None # also what a DataLoader of a stream raises
 
 def _own_batches(train:Iterable, team:Team, chance:int)->Iterator:
     "The batches of this process, from random numbers of its own."

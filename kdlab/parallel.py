@@ -78,7 +78,7 @@ def assemble(
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Team(dist.get_world_size(), dist.get_rank())
 
-# %% ../nbs/api/04_parallel.ipynb #ced72ac8
+# %% ../nbs/api/04_parallel.ipynb #7e0d8531
 def part(n:int, team:Team)->slice:
     "The samples of n that belong to this process."
     if n < team.size:
@@ -89,7 +89,7 @@ class _Indices:
     "A batch sampler that gives a part of each batch; all are drawn at once, while all processes have the same random states."
     def __init__(self, batches, team:Team): self.batches, self.team = batches, team
     def __len__(self): return len(self.batches)
-    def __iter__(self): return iter([batch[part(len(batch), self.team)] for batch in map(list, self.batches)])
+    def __iter__(self): yield from [batch[part(len(batch), self.team)] for batch in map(list, self.batches)]
 
 class _Parts:
     "A loader that gives a part of each batch."

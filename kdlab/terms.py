@@ -134,7 +134,7 @@ def scheduled(objective:Objective)->dict[str, float]:
         for name, value in numbers_that_move(term.loss): found[f"{term.name} {name}"] = float(value)
     return found
 
-# %% ../nbs/api/04_terms.ipynb #47f87753
+# %% ../nbs/api/04_terms.ipynb #2338e87e
 def has_unlabelled(y:Tensor|None)->bool:
     "Is there a sample without a label?"
     return y is None or y.dim() == 1 and bool((y == -100).any())
@@ -156,13 +156,20 @@ def _counts_tokens(loss:Loss, student, mask)->bool:
     return (mask is not None and loss.masks_tokens and isinstance(student, Tensor) and student.dim() == 3
             and student.shape[:2] == mask.shape)
 
-# %% ../nbs/api/04_terms.ipynb #a5dc78fd
+def _of_all(student, teacher, y, mask, team:Team)->list:
+    "What a loss compares, with the samples of all processes; some may have no labels where others have."
+    if team.any(y is not None) and y is None:
+        first = student if isinstance(student, Tensor) else student[0]
+        y = torch.full((len(first),), -100, device=first.device)
+    return [gather(x, team) for x in (student, teacher, y, mask)]
+
+# %% ../nbs/api/04_terms.ipynb #07c58207
 def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, mask, team:Team|None)->Tensor|None:
     "The value of a unit, whose terms look where `loss` looks; with the samples of a whole team, if it compares samples."
     at = loss.bound or (None, None)
     student, alone = ours.at(at[0]), loss.bound is not None and at[1] is None
     teacher = None if theirs is None or alone else theirs.at(at[1])
-    if team is not None and couples(loss): student, teacher, y, mask = (gather(x, team) for x in (student, teacher, y, mask))
+    if team is not None and couples(loss): student, teacher, y, mask = _of_all(student, teacher, y, mask, team)
     options = {"mask": mask.bool()} if _counts_tokens(loss, student, mask) else {}
     try: return _labelled(unit, student, teacher, y, has_unlabelled(y), options)
     except (TypeError, ValueError) as e:
