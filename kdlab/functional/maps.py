@@ -6,13 +6,13 @@
 __all__ = ['without', 'by_sample', 'nst', 'ickd', 'fsp', 'factor_transfer', 'activation_boundary', 'margin_of', 'overhaul',
            'hierarchical_context', 'imitation', 'fourier']
 
-# %% ../../nbs/api/functional/07_maps.ipynb #4be1d280
+# %% ../../nbs/api/functional/07_maps.ipynb #2f990546
 import torch
 from torch import Tensor
 from .. import map_reference as reference
 from .. import ops
 from ..feature_ops import reduce, widen, without_autocast
-from .contract import check_reduction, check_weight
+from .contract import check_positive, check_reduction, check_weight
 from .features import check_features, check_mask, check_same_shape
 from .logits import check_no_kernel
 
@@ -234,7 +234,7 @@ def _check_where(where, student:Tensor)->None:
         raise ValueError(f"where must have a weight for each pixel, {right}, got {tuple(where.shape)}")
     if where.device != student.device: raise ValueError(f"where is on {where.device} but the features are on {student.device}")
 
-# %% ../../nbs/api/functional/07_maps.ipynb #45a1d653
+# %% ../../nbs/api/functional/07_maps.ipynb #e2221b50
 def imitation(
     student:Tensor, # feature maps, (B, C, H, W)
     teacher:Tensor, # same shape
@@ -256,7 +256,7 @@ def imitation(
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     _checked("imitation", student, teacher, mask, reduction, backend, (4,), same=True)
     _check_where(where, student)
-    if not check_weight("softness", softness) > 0: raise ValueError(f"softness must be > 0, got {softness!r}")
+    check_positive("softness", softness)
     if detach_teacher: teacher = teacher.detach()
     with without_autocast(student):
         s, t = (without(x, mask) for x in widen(student, teacher))

@@ -7,11 +7,11 @@
 __all__ = ['MapLoss', 'NST', 'ProjectedMapLoss', 'FactorTransfer', 'ICKD', 'HierarchicalContext', 'Fourier', 'FSP',
            'ActivationBoundary', 'Overhaul', 'Imitation']
 
-# %% ../../nbs/api/losses/07_maps.ipynb #9346dab2
+# %% ../../nbs/api/losses/07_maps.ipynb #d304d7b1
 import torch
 from torch import Tensor, nn
 from ..functional import maps
-from ..functional.contract import check_weight
+from ..functional.contract import check_positive, check_weight
 from .features import FeatureLoss
 
 # %% ../../nbs/api/losses/07_maps.ipynb #cdd482bc
@@ -149,7 +149,7 @@ class Overhaul(ProjectedMapLoss):
         "The loss as it is written on paper."
         return "mean (s - max(t, m))² unless s ≤ max(t, m) ≤ 0"
 
-# %% ../../nbs/api/losses/07_maps.ipynb #fcf21132
+# %% ../../nbs/api/losses/07_maps.ipynb #84a07bc8
 class Imitation(ProjectedMapLoss):
     """Mean square difference in chosen places; see `kdlab.functional.imitation`.
 
@@ -167,8 +167,7 @@ class Imitation(ProjectedMapLoss):
     ):
         super().__init__(project=project, project_teacher=project_teacher, reduction=reduction, detach_teacher=detach_teacher,
                          backend=backend)
-        if not check_weight("softness", softness) > 0: raise ValueError(f"softness must be > 0, got {softness!r}")
-        self.softness = float(softness)
+        self.softness = check_positive("softness", softness)
 
     def options(self): return super().options() | {"softness": self.softness}
 
