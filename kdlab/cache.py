@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Numbered', 'ids_of', 'store', 'Cache', 'load']
 
-# %% ../nbs/api/04_cache.ipynb #6e2bfc96
+# %% ../nbs/api/04_cache.ipynb #20add1f8
 import itertools
 import json
 import zlib
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from .calling import _IDS, ask, count, device_of, frozen, move, named_tensors, split
-from .distilling import _write, fingerprint
+from .checkpoints import fingerprint, write
 from .functional import sparse
 from .losses import CrossEntropy, Loss, SoftKL
 from .losses.objective import shown
 from .losses.sparse import SparseForwardKL, SparseLoss
+from .terms import Source
 
 # %% ../nbs/api/04_cache.ipynb #1a60b73c
 class Numbered(Dataset):
@@ -120,7 +121,7 @@ def _same_teacher(found:Mapping, digest:str, folder:Path)->None:
         raise ValueError(f"the cache in {folder} is stale: it holds the outputs of another teacher ({plan['teacher']}), or of "
                          f"an earlier state of this one. Store the outputs in another folder")
 
-# %% ../nbs/api/04_cache.ipynb #f5eb8517
+# %% ../nbs/api/04_cache.ipynb #3691e7ce
 def _damage(folder:Path, shard:Mapping)->str|None:
     "What is wrong with a shard, if anything."
     path = folder / shard["file"]
@@ -133,10 +134,10 @@ def _save_shard(path:Path, tensors:Mapping[str, Tensor])->dict:
     "Write a shard in one step; its entry for the list."
     from safetensors.torch import save
     data = save({k: x.contiguous() for k, x in tensors.items()})
-    _write(path, lambda file: file.write(data))
+    write(path, lambda file: file.write(data))
     return {"file": path.name, "rows": len(tensors["ids"]), "bytes": len(data), "crc32": zlib.crc32(data)}
 
-# %% ../nbs/api/04_cache.ipynb #c2481763
+# %% ../nbs/api/04_cache.ipynb #6a07e6ec
 class _Listing:
     "The list of a cache that is being written, and what it says is there already."
     def __init__(self, folder:Path, plan:dict):
@@ -164,7 +165,7 @@ class _Listing:
     def note(self, complete:bool)->None:
         "Write the list."
         found = {"format": _FORMAT, "complete": complete, "plan": self.plan, "shards": self.shards}
-        _write(self.folder / _LIST, lambda file: file.write(json.dumps(found, indent=1).encode()))
+        write(self.folder / _LIST, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 # %% ../nbs/api/04_cache.ipynb #5df994d9
 class _Writer(_Listing):
@@ -292,9 +293,9 @@ class _Stored:
         "What the teacher said about these samples."
         return _unpacked(self._taken(self._rows(ids), [k for k in self._shards[0] if k not in ("ids", "sums")]))
 
-# %% ../nbs/api/04_cache.ipynb #0bcaa10c
-class Cache(_Stored):
-    "Stored outputs of a teacher by sample id: `cache[ids]`. Made by `store` and `load`."
+# %% ../nbs/api/04_cache.ipynb #3aedd7e0
+class Cache(_Stored, Source):
+    "Stored outputs of a teacher: pass it to `kd.distill` as teacher, or ask `cache[ids]`. Made by `store` and `load`."
     def __repr__(self):
         p = self.plan
         what = "whole logits" if p["top_k"] is None else f"top {p['top_k']} at T={p['T']:g}, tail {p['tail']}"

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import kdlab as kd
 from kdlab import sparse_reference
 from kdlab.cache import Cache, Numbered, load, store
+from kdlab.distilling import fingerprint
 
 N, C = 50, 7
 
@@ -282,6 +283,69 @@ def test_kill_while_writing(tmp_path):
     assert killed == 3 and seen >= 6 and teacher.asked < N and torch.equal(cache[samples().ids], said(Teacher()))
 
 
+# students of a file
+
+def student():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, C))
+
+
+def distill(teacher, **options):
+    options = dict(epochs=3, valid=loader(), progress=False) | options
+    return kd.distill(student(), teacher, loader(shuffle=True), options.pop("valid"), **options)
+
+
+def plain(run): return [{k: v for k, v in h.items() if k != "seconds"} for h in run.history]
+
+
+def test_a_student_of_a_whole_cache_is_the_student_of_the_teacher(tmp_path):
+    teacher = Teacher()
+    cache = store(teacher, loader(), tmp_path)
+    teacher.asked = 0
+    by_cache = distill(cache)
+    assert teacher.asked == 0 and cache.plan["teacher"] in repr(by_cache)
+    by_teacher = distill(teacher)
+    assert fingerprint(by_cache.student) == fingerprint(by_teacher.student) and plain(by_cache) == plain(by_teacher)
+    assert by_cache.plan == by_teacher.plan and torch.equal(by_cache.outputs["teacher"], by_teacher.outputs["teacher"])
+    kd.show(by_cache)
+
+
+def test_a_run_may_change_from_the_teacher_to_its_cache(tmp_path):
+    teacher = Teacher()
+    cache = store(teacher, loader(), tmp_path / "cache")
+
+    def stop(run):
+        if run.epoch == 1: raise KeyboardInterrupt
+
+    distill(teacher, out=tmp_path / "run", callbacks=[stop])
+    resumed = distill(cache, out=tmp_path / "run", resume=True)
+    assert fingerprint(resumed.student) == fingerprint(distill(teacher).student)
+    other = store(Teacher(1), loader(), tmp_path / "other")
+    with pytest.raises(ValueError, match="not the one asked for"): distill(other, out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("tail", sparse_reference.TAILS)
+def test_a_student_of_all_classes_at_one_temperature_is_nearly_the_student_of_the_teacher(tmp_path, tail):
+    cache = store(Teacher(), loader(), tmp_path, top_k=C, T=4., tail=tail)
+    mine, whole = distill(cache), distill(Teacher())
+    for a, b in zip(mine.student.parameters(), whole.student.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert [h["valid_agreement"] for h in mine.history] == [h["valid_agreement"] for h in whole.history]
+
+
+def test_losses_that_do_not_fit_are_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="use kd.SparseForwardKL"): distill(store(Teacher(), loader(), tmp_path, top_k=2), losses=kd.SoftKL())
+
+
+def test_a_loader_without_ids_and_augmented_data_are_refused(tmp_path):
+    cache = store(Teacher(), loader(), tmp_path / "a")
+    with pytest.raises(ValueError, match="no sample ids"): kd.distill(student(), cache, kd.tasks.loader(samples(), 8), progress=False)
+    task, teacher = kd.tasks.digits(), kd.nets.teacher_cnn()
+    drawn = DataLoader(Numbered(kd.tasks.Augmented(task.train)), 64)
+    cache = store(teacher, drawn, tmp_path / "b")
+    assert kd.distill(kd.nets.tiny_mlp(), cache, drawn, epochs=1, progress=False).finished # the views that were stored
+    with pytest.raises(ValueError, match="augmented anew"): kd.distill(kd.nets.tiny_mlp(), cache, drawn, epochs=2, progress=False)
+
+
 # many readers
 
 def test_a_cache_can_be_read_by_many_and_moved(tmp_path):
@@ -293,7 +357,6 @@ def test_a_cache_can_be_read_by_many_and_moved(tmp_path):
 
 
 def test_the_fingerprint_tells_what_was_left_out(tmp_path):
-    from kdlab.distilling import fingerprint
     how = [{}, dict(dtype="float16"), dict(top_k=3), dict(top_k=3, tail="drop"), dict(top_k=3, T=2.)]
     prints = [store(Teacher(), loader(), tmp_path / str(i), **h).fingerprint for i, h in enumerate(how)]
     assert prints[0] == fingerprint(Teacher()) and len(set(prints)) == len(how)

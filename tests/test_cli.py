@@ -240,12 +240,14 @@ def test_stopped_and_continued(tmp_path, how, status):
     out, words = tmp_path / "runs", ["distill", "--task", "moons", "--seeds", "1", "--epochs", "60"]
     stopped = begin("-m", "kdlab", *words, "--out", str(out), env=ENV)
     until = time.monotonic() + 120
-    while not (out / "seed-0/alone/run.json").exists() and time.monotonic() < until: time.sleep(0.01)
+    saved = out / "seed-0/alone/run.json"
+    epochs = lambda: len(json.loads(saved.read_text())["history"]) if saved.exists() else 0
+    while not epochs() and time.monotonic() < until: time.sleep(0.01)
     stopped.send_signal(how)
     said = stopped.communicate(timeout=60)[1]
     assert stopped.returncode == status and "Traceback" not in said and not (out / "results.json").exists()
     if how == signal.SIGINT: assert f"The same command goes on from what is in {out}" in said
-    begun = len(json.loads((out / "seed-0/alone/run.json").read_text())["history"])
+    begun = epochs()
     assert 0 < begun < 60
     teacher = (out / "seed-0/teacher/run.pt").stat().st_mtime_ns
     assert main([*words, "--out", str(out)]) == 0

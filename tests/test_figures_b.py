@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdlab import functional
-from kdlab.figures import match, reliability, stored
+from kdlab.figures import clinic, match, reliability, stored
 
 
 def plain(fig):
@@ -140,4 +140,70 @@ def test_match_figure_shows_pair_class_and_example(long):
     cloud = fig.data[5]
     clear = np.array(cloud.marker.opacity) == 1 if long else np.char.startswith(cloud.textfont.color, "rgba") == 0
     assert (clear == (a["labels"][:200] == 3)).all()
+    plain(fig)
+
+
+# bug clinic
+
+@pytest.fixture(scope="module")
+def charts():
+    return np.delete(stored.load()["clinic"], 1, axis=1)
+
+
+def test_every_bug_has_a_clue():
+    assert set(stored.BUGS) == set(clinic.CLUES)
+
+
+def test_differences_are_paired_by_seed():
+    runs = np.zeros((3, 2, 1, 5))
+    runs[:, 0, 0, 0], runs[:, 1, 0, 0] = [1, 5, 9], [2, 6, 10]  # one more in each seed, whatever its level
+    assert clinic.difference(runs, 1, 0) == (1, 0)
+
+
+@pytest.mark.parametrize("charts, wrong, worth", [(0, 0, 10), (4, 0, 6), (2, 2, 2), (4, 3, 0)])
+def test_points_by_hand(charts, wrong, worth):
+    assert clinic.points(charts, wrong) == worth
+
+
+def test_each_case_is_dealt_once_and_in_another_order_by_another_seed():
+    assert sorted(clinic.deal(8, 3)) == list(range(8)) and list(clinic.deal(8, 0)) != list(clinic.deal(8, 1))
+
+
+def test_the_loss_axis_is_monotone_and_holds_negative_values():
+    v = np.array([-100, -1, -0.01, 0, 0.01, 1, 100])
+    assert (np.diff(clinic.squash(v)) > 0).all() and np.isclose(clinic.squash(1000) - clinic.squash(100), 1)
+
+
+def test_every_fingerprint_is_in_the_charts_that_its_clue_names(charts):
+    first = charts[:, :, 0, clinic.LOSS] / charts[:, :1, 0, clinic.LOSS]
+    at = {bug: k for k, bug in enumerate(["right", *stored.BUGS[2:]])}
+    gradient = charts[:, 0, 0, clinic.GRADIENT] / charts[:, at["no T²"], 0, clinic.GRADIENT]
+    assert (1 / first[:, at["no T²"]] > 20).all() and (gradient > 15).all()
+    assert (7 < 1 / first[:, at["mean over classes"]]).all() and (1 / first[:, at["mean over classes"]] < 9.5).all()
+    assert (first[:, at["swapped arguments"]] < 0.95).all()
+    assert (charts[:, at["probabilities as log-probabilities"], :, clinic.LOSS] < 0).all()
+    assert (charts[:, at["double softmax"], -1, clinic.LOSS] > 1).all()
+    drift = charts[:, :, -1, clinic.BUFFERS] > 0
+    assert drift[:, at["teacher in train mode"]].all() and drift.sum() == len(charts)
+    worse = charts[:, :, :, clinic.TEACHER].min(2) < 50
+    assert worse[:, at["no detach"]].all() and worse.sum() == len(charts)
+
+
+def test_closed_charts_are_empty_and_axes_give_nothing_away(charts):
+    shut, other = (clinic.clinic_figure(charts, stored.CLINIC_STEPS, bug) for bug in (3, 6))
+    assert all(len(shut.data[k].x) == 0 for k in range(3, 15)) and len(shut.data[2].x) == len(stored.CLINIC_STEPS)
+    axes = lambda fig: [fig.layout[f"yaxis{k}"].to_plotly_json() for k in ("", 2, 3, 4, 5)]
+    wide = clinic.clinic_figure(charts, stored.CLINIC_STEPS, 6, open_charts=range(5))
+    assert axes(shut) == axes(other) == axes(wide)
+    assert [t.type for t in shut.data] == [t.type for t in wide.data]
+    assert np.allclose(wide.data[5].y, clinic.squash(charts[0, 6, :, clinic.LOSS]))
+    plain(wide)
+
+
+def test_a_run_that_blew_up_is_drawn_with_gaps(charts):
+    broken = charts.copy()
+    broken[0, 1, 3:, :2] = np.nan
+    fig = clinic.clinic_figure(broken, stored.CLINIC_STEPS, 1, 0, range(5))
+    assert fig.data[5].y[3:] == (None,) * 5
+    assert "to nan" in clinic.clinic_sentence(broken, 1, 0, range(5))
     plain(fig)

@@ -11,7 +11,8 @@ import torch
 import kdlab as kd
 from kdlab import ops, relation_ops
 from kdlab import relation_reference as reference
-from kdlab.functional import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
+from kdlab.functional import (
+    cka, correlation_congruence, dist, pkt, rkd, rkd_angle, rkd_distance, similarity, similarity_kl)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-10, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -25,6 +26,8 @@ CASES = {
     "rkd_angle": (rkd_angle, reference.rkd_angle, "torch cpp"),
     "rkd": (rkd, definition_rkd, "torch cpp"),
     "pkt": (pkt, reference.pkt, "torch"),
+    "correlation_congruence": (correlation_congruence, reference.correlation_congruence, "torch"),
+    "similarity_kl": (similarity_kl, reference.similarity_kl, "torch"),
     "cka": (cka, reference.cka, "torch"),
     "dist": (dist, reference.dist, "torch cpp"),
 }
@@ -359,6 +362,7 @@ def test_dist_threads_layouts_and_operators():
 
 
 MODULES = {kd.Similarity: similarity, kd.RKD: rkd, kd.RKDDistance: rkd_distance, kd.RKDAngle: rkd_angle, kd.PKT: pkt,
+           kd.CorrelationCongruence: correlation_congruence, kd.SimilarityKL: similarity_kl,
            kd.CKA: cka, kd.DIST: dist}
 
 
@@ -393,6 +397,12 @@ def test_modules_are_weighted_and_added():
     (lambda s, t: cka(s[0], t[0]), ValueError, r"features \(B, ...\)"),
     (lambda s, t: pkt(s, [t]), TypeError, "teacher must be a tensor of features, got list"),
     (lambda s, t: pkt(s.long(), t), TypeError, "floating-point"),
+    (lambda s, t: similarity_kl(s, t, tau=0), ValueError, "tau must be > 0"),
+    (lambda s, t: kd.SimilarityKL(tau=-1), ValueError, "tau must be > 0"),
+    (lambda s, t: correlation_congruence(s, t, order=0), ValueError, "order must be a whole number"),
+    (lambda s, t: kd.CorrelationCongruence(gamma=0), ValueError, "gamma must be > 0"),
+    (lambda s, t: similarity_kl(s, t, backend="cpp"), ValueError, "similarity_kl has no kernel"),
+    (lambda s, t: kd.SimilarityKL(reduction="none"), ValueError, "reduction of similarity_kl"),
     (lambda s, t: pkt(s, t, backend="cpp"), ValueError, "pkt has no kernel yet.*'auto' or 'torch'"),
     (lambda s, t: dist(s, s, T=torch.tensor(2., requires_grad=True), backend="cpp"), ValueError, "temperature is learnable"),
     (lambda s, t: dist(s, t), ValueError, "same shape"),

@@ -5,15 +5,19 @@ import numpy as np
 import pytest
 
 from kdlab.figures import stored
+from kdlab.widgets.challenge import Challenge
+from kdlab.widgets.clinic import BugClinic
 from kdlab.widgets.match import LayerMatch
 from kdlab.widgets.reliability import Reliability
 
-VIEWS = {"reliability": Reliability, "match": LayerMatch}
+VIEWS = {"reliability": Reliability, "match": LayerMatch, "clinic": BugClinic}
 CHANGES = [  # a control, and a value that it does not have at birth
     ("reliability", "model", 2), ("reliability", "step", 2), ("reliability", "seed", 3), ("reliability", "bins", 20),
     ("reliability", "T", 2.0), ("reliability", "equal_mass", True),
     ("match", "hint", True), ("match", "step", 1), ("match", "seed", 2), ("match", "teacher", 0), ("match", "student", 2),
     ("match", "klass", 3), ("match", "example", 9),
+    ("clinic", "case", 3), ("clinic", "seed", 2), ("clinic", "loss", True), ("clinic", "gradient", True),
+    ("clinic", "teacher", True), ("clinic", "buffers", True), ("clinic", "guess", 4),
 ]
 
 
@@ -191,6 +195,99 @@ def test_layer_match_with_a_thousand_classes():
     view = LayerMatch(teacher, student, y, class_names=[f"class {k}" for k in range(1000)])
     view.klass = 0
     assert view.panel.error == "" and "Class class 0 stands out" in view.panel.text
+
+
+# bug clinic
+
+@pytest.fixture
+def clinic():
+    return BugClinic()
+
+
+def press(view, **values):
+    view.panel.values = view.panel.values | values
+
+
+def test_a_right_guess_counts_once_and_a_wrong_one_costs(clinic):
+    answer = int(clinic.order[0])
+    press(clinic, loss=True)
+    press(clinic, guess=(answer + 1) % 8)
+    assert clinic.wrong == 1 and "It is not" in clinic.panel.text and clinic.score == 0
+    press(clinic, guess=answer)
+    assert clinic.score == clinic.won[0] == 10 - 1 - 3 and "6 points" in clinic.panel.text
+    press(clinic, guess=(answer + 1) % 8)
+    assert clinic.won[0] == 6 and clinic.wrong == 1
+    assert clinic.fig.data[-1].text[0] == "6" and clinic.fig.data[-1].y[0] == 6
+
+
+def test_another_case_has_closed_charts_and_a_solved_one_open_charts(clinic):
+    press(clinic, loss=True, teacher=True)
+    press(clinic, guess=int(clinic.order[0]))
+    press(clinic, case=1)
+    assert not clinic.loss and clinic.guess == -1 and "the loss goes" not in clinic.panel.text
+    press(clinic, case=0)
+    assert clinic.loss and clinic.buffers and clinic.guess == clinic.order[0] and "8 points" in clinic.panel.text
+    clinic.reset()
+    assert clinic.score == 0 and clinic.won == [-1] * 8
+
+
+def test_all_cases_can_be_solved(clinic):
+    for k in range(8):
+        press(clinic, case=k)
+        press(clinic, guess=int(clinic.order[k]))
+    assert clinic.score == 80 and clinic.panel.error == ""
+
+
+def test_a_quiz_in_the_middle_can_be_saved(clinic):
+    press(clinic, case=2, loss=True)
+    press(clinic, guess=int(clinic.order[3]))
+    state = json.loads(json.dumps(clinic.state()))
+    twin = BugClinic.from_state(state)
+    assert twin.state() == state and twin.wrong == 1 and twin.loss and twin.panel.text == clinic.panel.text
+    press(twin, guess=int(twin.order[2]))
+    assert twin.won[2] == 10 - 1 - 3
+
+
+def test_a_challenge_follows_the_quiz(clinic):
+    task = Challenge(clinic, "Find two.", lambda won, **_: min(1.0, sum(p >= 0 for p in won) / 2))
+    press(clinic, guess=int(clinic.order[0]))
+    assert task.score == 0.5
+    press(clinic, case=1)
+    press(clinic, guess=int(clinic.order[1]))
+    assert task.reached
+
+
+def test_code_of_the_clinic_shows_the_charts_and_hides_the_answer(clinic):
+    clinic.assign(case=5, seed=3, loss=True, gradient=True, teacher=True, buffers=True)
+    space = {}
+    exec(clinic.code(), space)
+    for k, name in enumerate(("accuracy", "loss", "gradient", "teacher", "drift")):
+        assert np.allclose(space[name], clinic.fig.data[3 * k + 2].customdata)
+    assert not any(name in clinic.code() for name in stored.BUGS if name != "right")
+
+
+def test_a_clinic_of_own_runs():
+    runs = np.random.RandomState(0).rand(3, 4, 5)
+    view = BugClinic(runs, ["fine", "a", "b"], [0, 5, 10, 20], deal_seed=2)
+    space = dict(runs=runs[None])
+    exec(view.code(), space)
+    assert np.allclose(space["accuracy"], view.fig.data[2].customdata) and "seed" not in view.panel.values
+    view.guess = int(view.order[0])
+    assert f'It is "{view.names[view.order[0]]}": 10 points.' in view.panel.text
+    view.case = 7
+    assert view.panel.error == "case must lie in 0..2, got 7"
+
+
+@pytest.mark.parametrize("args, message", [
+    ((np.zeros((3, 4)),), r"numbers of shape \(seeds, bugs, steps, 5\).*got float64 \(3, 4\)"),
+    ((np.zeros((1, 4, 5)),), "a right run first, one bug or more"),
+    ((np.full((2, 4, 5), np.nan),), "hold no accuracy of the student"),
+    ((np.zeros((2, 4, 5)), ["a"]), "2 names"),
+    ((np.zeros((2, 4, 5)), None, [1]), "steps must hold 4 numbers"),
+])
+def test_the_clinic_says_what_to_give(args, message):
+    with pytest.raises(ValueError, match=message):
+        BugClinic(*args)
 
 
 def test_the_stored_runs_have_what_the_views_show():

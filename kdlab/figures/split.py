@@ -5,25 +5,20 @@
 # %% auto #0
 __all__ = ['SURE', 'split_numbers', 'shares', 'split_figure', 'split_sentence']
 
-# %% ../../nbs/api/figures/12_split.ipynb #9b631c1e
+# %% ../../nbs/api/figures/12_split.ipynb #ead0474a
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, are_long, check_index, layout, ranking, series, softmax
+from .kit import HATCH, INK, are_long, check_index, layout, log_softmax, ranking, series, softmax
 
-# %% ../../nbs/api/figures/12_split.ipynb #bf1380ab
-def _log_softmax(z):
-    z = z - z.max()
-    return z - np.log(np.exp(z).sum())
-
-
+# %% ../../nbs/api/figures/12_split.ipynb #cae1b67f
 def _kl(log_p, log_q): return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
 
 def _pair(z, target):
     "Logarithms of the probabilities of target and rest, and of the other classes alone."
-    others = _log_softmax(np.delete(z, target))
-    log_p = _log_softmax(z)
+    others = log_softmax(np.delete(z, target))
+    log_p = log_softmax(z)
     rest = np.delete(log_p, target)
     return np.array([log_p[target], rest.max() + np.log(np.exp(rest - rest.max()).sum())]), others
 

@@ -81,16 +81,49 @@ def given_layers(teacher_features, student_features, labels, images) -> dict:
     return dict(layers=(list(nets[0]), list(nets[1])), cka=cka, teacher=teacher, student=student[None, None],
                 labels=labels, images=images, moments=(0,))
 
-# %% ../../nbs/api/widgets/23_match.ipynb #d65e368b
+# %% ../../nbs/api/widgets/23_match.ipynb #b60cd931
 _ON_A_PAGE = "hint", "step", "teacher", "student"
 
 
-class LayerMatch(KDWidget):
+class _Pair(KDWidget):
+    "The state: which run at which moment, which pair of layers, and which examples stand out."
+    hint, step, seed, teacher, student, example, klass = (
+        Bool(False).tag(kd=True), *(Int(v).tag(kd=True) for v in (0, 0, 0, 0, 0, -1)))
+
+    def _named(self, n, seeds, variants, moments):
+        "The controls; one choice is no choice."
+        rows, columns = self.layers
+        classes = range(-1, min(len(self.names), 20))
+        return [*([figures.toggle("hint", "Projector and hint")] if variants > 1 else []),
+                *([figures.slider("step", "After step", range(moments), [str(m) for m in self.moments])]
+                  if moments > 1 else []),
+                *([figures.slider("seed", "Seed", range(seeds))] if seeds > 1 else []),
+                figures.choice("teacher", "Teacher's layer", range(len(rows)), rows),
+                figures.choice("student", "Student's layer", range(len(columns)), columns),
+                figures.choice("klass", "Class", classes, ["all", *self.names[:20]]),
+                figures.slider("example", "Example", range(n))]
+
+    def _at(self, hint, step, seed, teacher, student):
+        limits = zip(("teacher", "student", "step", "seed"), (teacher, student, step, seed),
+                     (*map(len, self.layers), len(self.moments), len(self.cka)))
+        for name, i, n in limits:
+            figures.check_index(i, n, name)
+        return self.cka, int(hint), step, seed, (teacher, student)
+
+    def point(self, event, points):
+        trace, i = points[0] if points else (-1, 0)
+        clouds = [k for k, one in enumerate(self.fig.data) if one.xaxis in ("x3", "x4") and len(one.x) > 1]
+        if trace == 0:
+            row, column = i if isinstance(i, list) else divmod(i, len(self.layers[1]))  # plotly names a cell by two
+            self.assign(teacher=row, student=column)
+        elif trace in clouds:
+            self.example = i
+
+# %% ../../nbs/api/widgets/23_match.ipynb #e97d948c
+class LayerMatch(_Pair):
     "CKA of all pairs of layers of teacher and student, and both layers of one pair in a plane."
     title = "Layer match"
     caption = "Layers match by depth. A projector may do all the matching: look whether the student changed."
-    hint, step, seed, teacher, student, example, klass = (
-        Bool(False).tag(kd=True), *(Int(v).tag(kd=True) for v in (0, 0, 0, 0, 0, -1)))
 
     def __init__(
         self,
@@ -113,26 +146,6 @@ class LayerMatch(KDWidget):
         super().__init__(hide, **last)
         on_points(self.fig, self.point)
 
-    def _named(self, n, seeds, variants, moments):
-        "The controls; one choice is no choice."
-        rows, columns = self.layers
-        classes = range(-1, min(len(self.names), 20))
-        return [*([figures.toggle("hint", "Projector and hint")] if variants > 1 else []),
-                *([figures.slider("step", "After step", range(moments), [str(m) for m in self.moments])]
-                  if moments > 1 else []),
-                *([figures.slider("seed", "Seed", range(seeds))] if seeds > 1 else []),
-                figures.choice("teacher", "Teacher's layer", range(len(rows)), rows),
-                figures.choice("student", "Student's layer", range(len(columns)), columns),
-                figures.choice("klass", "Class", classes, ["all", *self.names[:20]]),
-                figures.slider("example", "Example", range(n))]
-
-    def _at(self, hint, step, seed, teacher, student):
-        limits = zip(("teacher", "student", "step", "seed"), (teacher, student, step, seed),
-                     (*map(len, self.layers), len(self.moments), len(self.cka)))
-        for name, i, n in limits:
-            figures.check_index(i, n, name)
-        return self.cka, int(hint), step, seed, (teacher, student)
-
     def draw(self, hint, step, seed, teacher, student, example, klass):
         at = self._at(hint, step, seed, teacher, student)
         planes = self.planes[0][seed, teacher], self.planes[1][seed, int(hint), step, student]
@@ -145,15 +158,6 @@ class LayerMatch(KDWidget):
         who = "" if klass < 0 else f" Class {self.names[klass]} stands out."
         example = figures.check_index(example, len(self.labels), "example")
         return f"{said}{who} The ring is around example {example}, a {self.names[self.labels[example]]}."
-
-    def point(self, event, points):
-        trace, i = points[0] if points else (-1, 0)
-        clouds = [k for k, one in enumerate(self.fig.data) if one.xaxis in ("x3", "x4") and len(one.x) > 1]
-        if trace == 0:
-            row, column = i if isinstance(i, list) else divmod(i, len(self.layers[1]))  # plotly names a cell by two
-            self.assign(teacher=row, student=column)
-        elif trace in clouds:
-            self.example = i
 
     def code(self) -> str:
         "Lines of Python that compute the CKA of the chosen pair."
