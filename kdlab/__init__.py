@@ -33,7 +33,7 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #03995239
+# %% ../nbs/api/00_kdlab.ipynb #0bf3f569
 _HOMES |= {
     "kdlab.distilling": "distill Run load predict",
     "kdlab.calling": "frozen",
@@ -49,6 +49,7 @@ _HOMES |= {
     "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.simplex": "Simplex",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.balance": "TSquaredBalance",
@@ -64,9 +65,7 @@ _HOMES |= {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #0829d1af
-_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "schemes taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #69147edd
 _MODULES = """
 adapters
 cache
@@ -81,6 +80,7 @@ ops
 placebos
 reference
 schedules
+schemes
 taps
 tasks
 timing
