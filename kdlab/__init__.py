@@ -9,10 +9,11 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #33210463
+# %% ../nbs/api/00_kdlab.ipynb #7cb2a11f
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
+# %% ../nbs/api/00_kdlab.ipynb #239e87d5
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
@@ -25,15 +26,21 @@ _HOMES = {
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
+    "kdlab.losses.tokens": "AttentionMap LSH TokenRelation",
     "kdlab.losses.relations": "CKA CorrelationCongruence DIST PKT RKD RKDAngle RKDDistance Similarity "
                               "SimilarityKL",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
+}
+
+# %% ../nbs/api/00_kdlab.ipynb #63b76752
+_HOMES |= {
     "kdlab.distilling": "distill Run load predict",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
     "kdlab.adapters": "Projector build",
     "kdlab.gaps": "Gap gap",
+    "kdlab.gap_reports": "report",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",
@@ -42,6 +49,7 @@ _HOMES = {
     "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.simplex": "Simplex",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.balance": "TSquaredBalance",
@@ -58,7 +66,7 @@ _HOMES = {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #3daa8033
+# %% ../nbs/api/00_kdlab.ipynb #69147edd
 _MODULES = """
 adapters
 cache
@@ -73,6 +81,7 @@ ops
 placebos
 reference
 schedules
+schemes
 taps
 tasks
 timing
