@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
-# %% ../nbs/api/00_kdlab.ipynb #9cdf3b49
+# %% ../nbs/api/00_kdlab.ipynb #239e87d5
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
@@ -26,13 +26,14 @@ _HOMES = {
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
+    "kdlab.losses.tokens": "AttentionMap LSH TokenRelation",
     "kdlab.losses.relations": "CKA CorrelationCongruence DIST PKT RKD RKDAngle RKDDistance Similarity "
                               "SimilarityKL",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #03995239
+# %% ../nbs/api/00_kdlab.ipynb #63b76752
 _HOMES |= {
     "kdlab.distilling": "distill Run load predict",
     "kdlab.calling": "frozen",
@@ -48,6 +49,7 @@ _HOMES |= {
     "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.simplex": "Simplex",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.balance": "TSquaredBalance",
@@ -60,12 +62,11 @@ _HOMES |= {
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.clinic": "BugClinic",
+    "kdlab.widgets.distillery": "Distillery",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #0829d1af
-_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "schemes taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #69147edd
 _MODULES = """
 adapters
 cache
@@ -80,6 +81,7 @@ ops
 placebos
 reference
 schedules
+schemes
 taps
 tasks
 timing

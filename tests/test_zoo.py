@@ -17,6 +17,7 @@ from torch import nn
 
 import kdlab as kd
 from kdlab import map_reference as maps
+from kdlab import token_reference as tokens
 
 f = kd.functional
 HERE = Path(__file__).parent / "goldens"
@@ -62,6 +63,15 @@ WHERE = (torch.arange(5 * 4 * 6).view(5, 4, 6) % 3).float()
 SAME = (5, 3, 4, 6), (5, 3, 4, 6)
 attended = lambda s, t: torch.stack([a / b for a, b in zip(*maps.imitation(s, t, maps.spatial_attention(t)))])
 chosen = lambda s, t: torch.stack([a / b for a, b in zip(*maps.imitation(s, t, WHERE[:len(s)].to(s.dtype)))])
+PLANES = features(9, 7, seed=5)
+
+
+def planes_module(**options):
+    loss = kd.LSH(7, planes=9, **options).double()
+    loss.directions.copy_(PLANES)
+    return loss
+
+
 CASES = {
     "nst": Case(f.nst, kd.NST, maps.nst, (5, 3, 4, 6), (5, 4, 3, 4), scale=True),
     "ickd": Case(f.ickd, kd.ICKD, maps.ickd, *SAME, scale=True),
@@ -73,6 +83,10 @@ CASES = {
     "hierarchical_context": Case(f.hierarchical_context, kd.HierarchicalContext, maps.hierarchical_context, *SAME),
     "imitation": Case(f.imitation, kd.Imitation, attended, *SAME),
     "fourier": Case(f.fourier, kd.Fourier, maps.fourier, *SAME),
+    "lsh": Case(functools.partial(f.lsh, directions=PLANES), planes_module, lambda s, t: tokens.lsh(s, t, PLANES), (5, 7), (5, 7), equal=False),
+    "attention_map": Case(functools.partial(f.attention_map, scores=True), functools.partial(kd.AttentionMap, scores=True),
+                          lambda s, t: tokens.attention_map(s, t, scores=True), (5, 2, 4, 6), (5, 2, 4, 6)),
+    "token_relation": Case(f.token_relation, kd.TokenRelation, tokens.token_relation, (5, 4, 6), (5, 4, 8)),
 }
 cases = pytest.mark.parametrize("name", CASES)
 modules = {name: case.module for name, case in CASES.items()}
@@ -130,8 +144,12 @@ GOLDEN = {
     "correlation_congruence": (f.correlation_congruence, "wider"),
     "correlation_congruence wide": (functools.partial(f.correlation_congruence, gamma=2.0, order=5), "wider"),
     "similarity_kl": (f.similarity_kl, "wider"), "similarity_kl soft": (functools.partial(f.similarity_kl, tau=0.5), "wider"),
+    "lsh": (lambda s, t, **k: f.lsh(s, t, directions=given("planes", s.dtype), bias=given("bias", s.dtype), **k), "hidden_teacher"),
+    "attention_map": (functools.partial(f.attention_map, scores=True), "scores_teacher"),
+    "token_relation": (functools.partial(f.token_relation, heads=2), "hidden_wider"),
 }
-PARTNER = {"wider": ("vectors", "samples", 2)} # of a teacher: student, mask, and a sample that it leaves out
+PARTNER = {"wider": ("vectors", "samples", 2), "hidden_teacher": ("hidden", "tokens", 2), "hidden_wider": ("hidden", "tokens", 2),
+           "scores_teacher": ("scores", "tokens", 2)} # of a teacher: student, mask, and a sample that it leaves out
 golden = pytest.mark.parametrize("name", GOLDEN)
 
 
@@ -182,7 +200,7 @@ def test_value_and_gradient_are_those_of_the_definition(name, dtype):
     s, t = pair(name, dtype)
     wide = each(t, lambda x: x.double())
     rows, grads = value_and_grads(lambda x: case.definition(x, wide), each(s, lambda x: x.double()))
-    for reduction, want, scale in (("none", rows, 1), ("sum", rows.sum(), 1), ("mean", rows.mean(), 5)):
+    for reduction, want, scale in (("none", rows, 1), ("sum", rows.sum(), 1), ("mean", rows.mean(), rows.numel())):
         got, got_grads = value_and_grads(lambda x: case.function(x, t, reduction=reduction), s)
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(got.double(), want, rtol=5e-6, atol=1e-9)
@@ -235,7 +253,7 @@ def test_no_nan_in_degenerate_batches(name, kind):
             for x, y in zip(tensors(s), tensors(t)): x[1], y[2], x[3], y[3] = 0, 0, 0, 0
         if kind == "identical": t = s
         if kind == "constant": s = each(s, lambda x: torch.ones_like(x) / 3)
-        if kind == "one pixel": s, t = (each(x, lambda x: x[..., :1, :1]) for x in (s, t))
+        if kind == "one pixel" and name != "lsh": s, t = (each(x, lambda x: x[..., :1, :1]) for x in (s, t))
         got, grads = value_and_grads(lambda x: case.function(x, t), s)
         assert got.isfinite() and all(g.isfinite().all() for g in grads)
         if kind == "none": assert got == 0
@@ -243,7 +261,7 @@ def test_no_nan_in_degenerate_batches(name, kind):
             assert abs(got) < 1e-12
             assert all(g.abs().max() < 1e-6 for g in grads) or name == "factor_transfer"
         if kind == "one" and name != "imitation":
-            torch.testing.assert_close(got.double(), case.definition(*(each(x, lambda x: x.double()) for x in (s, t)))[0], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(got.double(), case.definition(*(each(x, lambda x: x.double()) for x in (s, t)))[0].mean(), rtol=1e-5, atol=1e-9)
 
 
 @cases
@@ -253,7 +271,7 @@ def test_a_spoilt_sample_spoils_no_other(name):
     clean, clean_grads = value_and_grads(lambda x: loss(x, t, reduction="none"), s)
     for x, y in zip(tensors(s), tensors(t)): x[1].view(-1)[3], y[3].view(-1)[1] = NAN, NAN
     got, grads = value_and_grads(lambda x: loss(x, t, reduction="none"), s)
-    assert got[1].isnan()
+    assert got[1].isnan().any()
     assert torch.equal(got[[0, 2, 4]], clean[[0, 2, 4]])
     for g, c in zip(grads, clean_grads): assert torch.equal(g[[0, 2, 4]], c[[0, 2, 4]])
 
@@ -262,7 +280,7 @@ def test_a_spoilt_sample_spoils_no_other(name):
 def test_gradcheck_and_gradgradcheck(name):
     loss = CASES[name].function
     s, t = pair(name, B=2)
-    s, t = (each(x, lambda x: x[..., :2, :3].contiguous()) for x in (s, t))
+    if name != "lsh": s, t = (each(x, lambda x: x[..., :2, :3].contiguous()) for x in (s, t))
     leaves = tuple(x.requires_grad_() for x in tensors(s))
     back = lambda xs: xs if isinstance(s, tuple) else xs[0]
     for reduction in ("mean", "none"):
@@ -278,14 +296,14 @@ def test_teacher_autocast_dtypes_and_layouts(name):
     loss(s, t).backward(retain_graph=True)
     assert all(x.grad is None for x in tensors(t)) and all(x.grad.abs().max() > 0 for x in tensors(s))
     value = loss(s, t, detach_teacher=False)
-    if name != "activation_boundary":
+    if name not in ("activation_boundary", "lsh"): # of these teachers only signs are used
         value.backward()
         assert all(x.grad.abs().max() > 0 for x in tensors(t))
     s, t = (each(x, lambda x: x.detach()) for x in (s, t))
     with torch.autocast("cpu", dtype=torch.bfloat16): assert torch.equal(loss(s, t), value)
     assert loss(s, each(t, lambda x: x.double())).dtype == torch.float64
     torch.testing.assert_close(loss(s, each(t, lambda x: x.bfloat16())), loss(s, each(t, lambda x: x.bfloat16().float())))
-    last = lambda x: x.to(memory_format=torch.channels_last)
+    last = lambda x: x.to(memory_format=torch.channels_last) if x.dim() == 4 else x[:, None].transpose(-1, 1).transpose(-1, 1)[:, 0]
     torch.testing.assert_close(loss(each(s, last), t), value.detach())
     grads = value_and_grads(lambda x: loss(x, t), s)[1]
     for got, want in zip(tensors(torch.func.grad(lambda x: loss(x, t))(s)), grads): torch.testing.assert_close(got, want)
@@ -370,11 +388,86 @@ def test_hierarchical_context_leaves_out_levels_that_are_not_smaller():
         torch.testing.assert_close(f.hierarchical_context(s, t), sum(w * v for w, v in zip(weights, values)) / sum(weights))
 
 
+def test_what_losses_on_tokens_do_not_see():
+    s, t, same = features(3, 5, 8, seed=1), features(3, 5, 8, seed=2), torch.testing.assert_close
+    turn, _ = torch.linalg.qr(features(8, 8, seed=3))
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
+    for x in (s @ turn, -s): same(f.token_relation(x, t), f.token_relation(s, t))
+    same(f.token_relation(s[:, order], t[:, order], heads=4), f.token_relation(s, t, heads=4))
+    w = features(64, 8, seed=4)
+    for length in (0.1, 30.0): same(f.lsh(s, length * t, directions=w), f.lsh(s, t, directions=w))
+    same(f.lsh(s @ turn, t @ turn, directions=w @ turn), f.lsh(s, t, directions=w))
+    assert f.lsh(0 * s, t, directions=w).item() == pytest.approx(math.log(2))
+    assert f.lsh(100 * t, t, directions=w) < 0.01 < f.lsh(-t, t, directions=w)
+    a, b = features(3, 2, 5, 5, seed=5), features(3, 2, 5, 5, seed=6)
+    p, q = a.softmax(-1), b.softmax(-1)
+    same(f.attention_map(p, q), f.attention_map(a + 7, b - features(3, 2, 5, 1), scores=True))
+    same(f.attention_map(p[:, :, :, order], q[:, :, :, order]), f.attention_map(p, q))
+    same(f.attention_map(p, q.mean(1, keepdim=True), heads="mean"), f.attention_map(p.mean(1, keepdim=True), q.mean(1, keepdim=True)))
+    same(f.attention_map(p.flip(1), q, heads="mean"), f.attention_map(p, q, heads="mean"))
+    same(f.attention_map(p, q), f.forward_kl(a, b))
+
+
+def test_tokens_that_do_not_count_are_neither_queries_nor_keys():
+    mask = torch.tensor([[True, True, True, False], [True] * 4, [False] * 4])
+    s, t, a, b = features(3, 4, 6, seed=1), features(3, 4, 6, seed=2), features(3, 2, 4, 4, seed=3), features(3, 2, 4, 4, seed=4)
+    for x in (s, t): x[0, 3], x[2] = NAN, INF
+    for x in (a, b): x[0, :, 3], x[0, :, :, 3], x[2] = NAN, INF, NAN
+    w = features(9, 6, seed=5)
+    for loss, s, t, cut in ((functools.partial(f.lsh, directions=w), s, t, lambda x: x[:1, :3]), (f.token_relation, s, t, lambda x: x[:1, :3]),
+                            (functools.partial(f.attention_map, scores=True), a, b, lambda x: x[:1, :, :3, :3])):
+        rows = loss(s, t, mask=mask, reduction="none")
+        torch.testing.assert_close(rows[0, :3], loss(cut(s), cut(t), reduction="none")[0])
+        torch.testing.assert_close(rows[1], loss(s[1:2], t[1:2], reduction="none")[0])
+        assert rows[0, 3] == 0 and rows[2].eq(0).all()
+        value, (grad,) = value_and_grads(lambda x: loss(x, t, mask=mask), s)
+        torch.testing.assert_close(value, rows.sum() / 7)
+        assert grad.isfinite().all() and grad[2].eq(0).all()
+        value, (grad,) = value_and_grads(lambda x: loss(x, t, mask=torch.zeros(3, 4, dtype=torch.bool)), s)
+        assert value == 0 and grad.eq(0).all()
+        torch.testing.assert_close(loss(s, t, mask=torch.tensor([False, True, False])), rows[1].mean())
+
+
+def test_attention_with_zeros_and_masks():
+    p, q = features(2, 3, 4, 5, seed=1).softmax(-1), features(2, 3, 4, 5, seed=2).softmax(-1)
+    for x in (p, q): x[..., 4] = 0 # a key that nobody looks at
+    value, (grad,) = value_and_grads(lambda x: f.attention_map(x, q), p)
+    torch.testing.assert_close(value, f.attention_map(p[..., :4], q[..., :4]))
+    assert grad.isfinite().all()
+    assert f.attention_map(p, q[..., [4, 0, 1, 2, 3]]) == INF # the student never looks where the teacher does
+    p[:, :, 1] = 0 # a query without keys adds nothing
+    value, (grad,) = value_and_grads(lambda x: f.attention_map(x, q), p)
+    torch.testing.assert_close(value, f.attention_map(p, q, reduction="none").mean())
+    assert value.isfinite() and grad.isfinite().all() and f.attention_map(p, q, reduction="none")[:, 1].eq(0).all()
+    mask = torch.tensor([[True] * 4, [True, False, True, True]]) # of queries; there are more keys
+    assert f.attention_map(p, q, mask=mask, reduction="none")[1, 1] == 0
+
+
+def test_planes_are_buffers_and_wait_for_a_width():
+    torch.manual_seed(0)
+    loss = kd.LSH(planes=32, project="auto", std=0.5).on("0")
+    assert loss.pending() and list(loss.parameters()) == [] and "std=0.5" in repr(loss)
+    with pytest.raises(RuntimeError, match="kd.build"): loss(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match="kd.build"): kd.LSH()(torch.zeros(2, 3), torch.zeros(2, 3))
+    built = kd.build(2 * loss + kd.LSH().on("1"), nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4)), nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 4)), torch.zeros(2, 3))
+    first, second = built.losses
+    assert first.directions.shape == (32, 8) and second.directions.shape == (2048, 4) and abs(first.directions.std() - 0.5) < 0.1
+    assert [tuple(p.shape) for p in built.parameters()] == [(8, 5), (8,)] and set(second.state_dict()) == {"directions", "bias"}
+    s, t = torch.randn(6, 5), torch.randn(6, 8)
+    for twin in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))): assert torch.equal(twin(s, t), first(s, t))
+    fresh = kd.LSH(4)
+    fresh.load_state_dict(second.state_dict())
+    assert torch.equal(fresh(s[:, :4], t[:, :4]), second(s[:, :4], t[:, :4]))
+    second.balance(torch.randn(999, 4) + 5)
+    assert second.bias.abs().max() > 1 and kd.LSH(4).to("meta").directions.is_meta
+
+
 # modules
 
 @cases
 def test_function_and_module_share_options_and_defaults(name):
     case = CASES[name]
+    if name == "lsh": return # the function takes planes, the module draws them
     function = case.function.func if isinstance(case.function, functools.partial) else case.function
     module = case.module.func if isinstance(case.module, functools.partial) else case.module
     of = lambda g, own=("self", "project", "project_teacher"): {k: p.default for k, p in inspect.signature(g).parameters.items() if k not in own}
@@ -441,6 +534,18 @@ def test_losses_bound_to_layers_train_a_student():
     (lambda s, t: f.imitation(s, t, where=[1]), TypeError, "where must be a tensor"),
     (lambda s, t: f.imitation(s, t, softness=0), ValueError, "softness must be > 0"),
     (lambda s, t: kd.Imitation(softness=0), ValueError, "softness must be > 0"),
+    (lambda s, t: f.lsh(s[:, 0], t[:, 0], directions=torch.ones(9, 4)), ValueError, r"directions of lsh must be \(K, 6\).*got \(9, 4\)"),
+    (lambda s, t: f.lsh(s[:, 0], t[:, 0], directions=torch.ones(9, 6), bias=torch.ones(2)), ValueError, r"bias of lsh must be \(9,\)"),
+    (lambda s, t: kd.LSH(planes=0), ValueError, "planes must be 1 or more"),
+    (lambda s, t: f.attention_map(s, t[:, :2]), ValueError, "heads='mean' compares"),
+    (lambda s, t: f.attention_map(s[:, 0], t[:, 0]), ValueError, r"\(B, heads, queries, keys\)"),
+    (lambda s, t: f.attention_map(s, t[..., :3]), ValueError, "same samples and tokens"),
+    (lambda s, t: f.attention_map(s, t, heads="all"), ValueError, "heads must be 'each' or 'mean'"),
+    (lambda s, t: f.attention_map((s,), t), TypeError, "pick one layer"),
+    (lambda s, t: kd.AttentionMap(heads=3), ValueError, "heads must be 'each' or 'mean'"),
+    (lambda s, t: f.token_relation(s[:, 0], t[:, 0], heads=4), ValueError, "heads=4 does not divide the widths"),
+    (lambda s, t: f.token_relation(s[:, 0], t[:, 0, :3]), ValueError, "same tokens"),
+    (lambda s, t: kd.TokenRelation(heads=0), ValueError, "heads must be 1 or more"),
     (lambda s, t: f.fourier(s, t, backend="cuda"), ValueError, "fourier has no kernel"),
     (lambda s, t: f.fourier(s.flatten(1), t.flatten(1)), ValueError, r"\(B, N, D\) or \(B, C, H, W\)"),
     (lambda s, t: f.nst(s, t, mask=torch.ones(5, 4, dtype=torch.bool)), ValueError, r"mask of nst must have the shape \(5,\)"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #9e9f7a5c
+# %% ../../nbs/api/losses/00_losses.ipynb #012e63dc
 from .objective import Loss, Objective, Part
 from .divergences import (
     CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
@@ -16,6 +16,7 @@ from .decoupled import DKD
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .maps import (
     ActivationBoundary, FactorTransfer, Fourier, FSP, HierarchicalContext, ICKD, Imitation, NST, Overhaul)
+from .tokens import AttentionMap, LSH, TokenRelation
 from .relations import (
     CKA, CorrelationCongruence, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity, SimilarityKL)
 from .linear import (
@@ -23,7 +24,7 @@ from .linear import (
     LinearTotalVariation)
 from .sparse import SparseForwardKL, SparseReverseKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #fb190dcb
+# %% ../../nbs/api/losses/00_losses.ipynb #2393872d
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE",
            "LinearForwardKL", "LinearJSD", "LinearReverseKL", "LinearSkewKL", "LinearSkewReverseKL",
@@ -32,4 +33,4 @@ __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "
            "SoftSpearman", "Standardized", "TeacherFree",
            "ActivationBoundary", "FactorTransfer", "Fourier", "FSP", "HierarchicalContext", "ICKD", "Imitation", "NST", "Overhaul",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
-           "CKA", "CorrelationCongruence", "SimilarityKL", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]
+           "AttentionMap", "LSH", "TokenRelation", "CKA", "CorrelationCongruence", "SimilarityKL", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]

@@ -1,4 +1,4 @@
-"""What the losses on maps and between samples are worth, written a second time: numpy, float64, no kdlab and no torch.
+"""What the losses on maps, on tokens and between samples are worth, written a second time: numpy, float64, no kdlab and no torch.
 
 `python tests/goldens/zoo.py` writes zoo.json beside it. Gradients are complex steps: with no difference of near numbers
 they are exact to rounding, and they need nothing but the formula of the value.
@@ -24,6 +24,10 @@ GAMMA, BETA = np.array([1.5, 0.5]), np.array([0.3, -0.4])  # of a batch norm
 WHERE = np.round(RNG.random((B, 5, 4)), 2) * (RNG.random((B, 5, 4)) < 0.7)
 V, U = new(6, 4), new(6, 7)  # vectors of the student and of a wider teacher
 SAMPLES = np.array([True, True, False, True, True, True])
+H, G, Q = new(B, 4, 6), new(B, 4, 6), new(B, 4, 8)  # hidden states of the student, the teacher, a wider teacher
+PLANES, BIAS = new(9, 6), new(9)
+A, R = new(B, 2, 4, 4), 2 * new(B, 2, 4, 4)  # attention scores
+TOKENS = np.array([[True] * 4, [True, True, True, False], [False] * 4])
 
 # tools that let complex numbers through
 
@@ -140,6 +144,40 @@ def similarity_kl(tau=0.04, others=True):
     return value
 
 
+# the losses on tokens: (student, teacher, mask of tokens) -> one value
+
+def lsh(s, t, mask=TOKENS, bias=BIAS):
+    z, h = s @ PLANES.T + bias, t @ PLANES.T + bias > 0
+    return np.log(1 + np.exp(np.where(h, -z, z))).mean(-1)[mask].mean()
+
+
+def softmax(z, keys):
+    p = np.exp(z - z.real.max(-1, keepdims=True)) * keys
+    return p / p.sum(-1, keepdims=True)
+
+
+def rows_kl(s, t, mask):
+    "KL between rows of scores (B, heads, queries, keys), over the tokens that count."
+    some = mask.any(1)
+    s, t, mask = s[some], t[some], mask[some]
+    keys = mask[:, None, None, :]
+    p, q = softmax(t, keys), softmax(s, keys)
+    terms = np.where(keys, p * (np.log(np.where(keys, p, 1)) - np.log(np.where(keys, q, 1))), 0)
+    return terms.sum(-1).mean(1)[mask].mean()
+
+
+def attention_map(s, t, mask=TOKENS): return rows_kl(s, t, mask)
+
+
+def token_relation(heads=2, scale=True):
+    def value(s, t, mask=TOKENS):
+        def scores(x):
+            x = x.reshape(B, 4, heads, -1).transpose(0, 2, 1, 3)
+            return x @ x.transpose(0, 1, 3, 2) / (sqrt(x.shape[-1]) if scale else 1)
+        return rows_kl(scores(s), scores(t), mask)
+    return value
+
+
 # reductions
 
 def over_samples(rows, mask=MASK): return rows[mask].mean()
@@ -162,10 +200,10 @@ def gradient(f, s, h=1e-30):
     return out
 
 
-def entry(f, s=S, t=Z, symmetric=False, whole=False, entries=None, **wrong):
+def entry(f, s=S, t=Z, symmetric=False, whole=False, tokens=False, entries=None, **wrong):
     "Value, gradient, and the values of the usual mistakes."
     value = f if whole else lambda a, b, mask=MASK: over_samples(f(a, b), mask)
-    mistakes = {"no mask": value(s, t, np.ones(len(s), bool))} | wrong
+    mistakes = {"no mask": value(s, t, np.ones(TOKENS.shape if tokens else len(s), bool))} | wrong
     if not symmetric and s.shape == t.shape: mistakes["arguments swapped"] = value(t, s)
     if entries: mistakes["sum over entries"] = entries * value(s, t)
     out = {"value": value(s, t), "gradient": gradient(lambda x: value(x, t), s), "wrong": mistakes}
@@ -211,7 +249,16 @@ def goldens():
             "summed over rows": 5 * similarity_kl()(V, U)}),
         "similarity_kl soft": entry(similarity_kl(0.5), V, U, whole=True, **{"times tau squared": similarity_kl(0.5)(V, U) / 4}),
     }
-    inputs = dict(student=S, teacher=Z, wide=WIDE, student2=S2, teacher2=Z2, gamma=GAMMA, beta=BETA, where=WHERE, mask=MASK, vectors=V, wider=U, samples=SAMPLES,
+    losses |= {
+        "lsh": entry(lsh, H, G, whole=True, tokens=True, entries=9, **{
+            "planes through the origin": lsh(H, G, bias=0), "hint": ((H - G)[TOKENS]**2).mean()}),
+        "attention_map": entry(attention_map, A, R, whole=True, tokens=True, entries=2, **{
+            "over queries": rows_kl(A.transpose(0, 1, 3, 2), R.transpose(0, 1, 3, 2), TOKENS)}),
+        "token_relation": entry(token_relation(), H, Q, whole=True, tokens=True, entries=2, **{
+            "not scaled": token_relation(scale=False)(H, Q), "one head": token_relation(1)(H, Q)}),
+    }
+    inputs = dict(student=S, teacher=Z, wide=WIDE, student2=S2, teacher2=Z2, gamma=GAMMA, beta=BETA, where=WHERE, mask=MASK, vectors=V, wider=U, samples=SAMPLES, hidden=H, hidden_teacher=G, hidden_wider=Q,
+                  planes=PLANES, bias=BIAS, scores=A, scores_teacher=R, tokens=TOKENS,
                   margins=margins())
     return {"inputs": inputs, "losses": losses}
 
