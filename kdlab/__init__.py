@@ -33,7 +33,7 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #03995239
+# %% ../nbs/api/00_kdlab.ipynb #63b76752
 _HOMES |= {
     "kdlab.distilling": "distill Run load predict",
     "kdlab.calling": "frozen",
@@ -49,6 +49,7 @@ _HOMES |= {
     "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.simplex": "Simplex",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.balance": "TSquaredBalance",
@@ -61,6 +62,7 @@ _HOMES |= {
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.clinic": "BugClinic",
+    "kdlab.widgets.distillery": "Distillery",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
