@@ -34,7 +34,7 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #227cafeb
+# %% ../nbs/api/00_kdlab.ipynb #f508111f
 _HOMES |= {
     "kdlab.distilling": "distill Run load predict",
     "kdlab.calling": "frozen",
@@ -50,6 +50,7 @@ _HOMES |= {
     "kdlab.widgets.board": "AlphaT",
     "kdlab.widgets.cover": "CoveringOrSeeking",
     "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.simplex": "Simplex",
     "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
     "kdlab.widgets.balance": "TSquaredBalance",
@@ -62,12 +63,11 @@ _HOMES |= {
     "kdlab.widgets.reliability": "Reliability",
     "kdlab.widgets.match": "LayerMatch",
     "kdlab.widgets.clinic": "BugClinic",
+    "kdlab.widgets.distillery": "Distillery",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #0829d1af
-_MODULES = ("adapters cache calling distilling experiments functional losses nets ops placebos reference schedules "
-            "schemes taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #69147edd
 _MODULES = """
 adapters
 cache
@@ -82,6 +82,7 @@ ops
 placebos
 reference
 schedules
+schemes
 taps
 tasks
 timing

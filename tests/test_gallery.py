@@ -59,7 +59,7 @@ def test_no_figure_and_no_widget_imports_torch():
 
 @by_module
 def test_texts_ask_and_answer(exhibit):
-    assert exhibit.question.endswith("?") and "?" in exhibit.prediction and exhibit.conclusion.endswith(".")
+    assert "?" in exhibit.question and "?" in exhibit.prediction and exhibit.conclusion.endswith(".")
     assert exhibit.kind.title and exhibit.kind.caption.endswith(".") and exhibit.kind.__doc__
 
 

@@ -130,8 +130,7 @@ def test_accurate_where_the_student_has_nearly_converged(case, backend):
     s = t + 1e-3 * features(9, 12, seed=1)
     want, grad = value_and_grad(lambda x: definition(x, t.double()), s.double())
     got, got_grad = value_and_grad(lambda x: f(x, t, backend=backend), s)
-    # the Gram matrix of similarity and the exponentials in the kernel of DIST are made in float32
-    loose = 1e-3 if case == "similarity" or (case, backend) == ("dist", "cpp") else 2e-6
+    loose = 1e-3 if case == "similarity" else 2e-6 # its Gram matrix is made in float32
     torch.testing.assert_close(got.double(), want, rtol=loose, atol=0)
     assert grad_error(got_grad, grad) <= loose
 
@@ -302,6 +301,39 @@ def test_kernel_of_dist(isa, B, C):
                 tolerance = max(ROUNDING[dtype], 1e-5 if dtype != torch.float64 else 0)
                 assert (got_grad.double() - grad).abs().max() <= tolerance * grad.abs().max() + 1e-9
     finally: ops._C.set_isa(before)
+
+
+@needs_core
+@pytest.mark.parametrize("isa", ops._C.info()["isas"] if ops._C is not None else [])
+@pytest.mark.parametrize("T", [1.0, 4.0])
+@pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-4])
+def test_dist_of_students_that_have_nearly_converged(isa, T, gap):
+    before = ops._C.info()["isa"]
+    ops._C.set_isa(isa)
+    try:
+        t = 3 * features(60, 37, seed=2)
+        s = t + gap * features(60, 37, seed=1)
+        s[::7] = t[::7] + features(9, 37, seed=3) # some rows are still apart
+        want, grad = value_and_grad(lambda x: dist(x, t.double(), T=T, backend="torch"), s.double())
+        got, got_grad = value_and_grad(lambda x: dist(x, t, T=T, backend="cpp"), s)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        assert grad_error(got_grad, grad) <= 1e-6
+        s = t + gap * features(60, 37, seed=1)
+        want, grad = value_and_grad(lambda x: dist(x, t.double(), T=T, backend="torch"), s.double())
+        got, got_grad = value_and_grad(lambda x: dist(x, t, T=T, backend="cpp"), s)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        assert grad_error(got_grad, grad) <= 2e-6
+    finally: ops._C.set_isa(before)
+
+
+@needs_core
+@pytest.mark.parametrize("rows", [2, 3])
+def test_two_points_lie_on_a_line(rows):
+    s, t = logits(rows, 50)
+    want, grad = value_and_grad(lambda x: dist(x, t.double(), backend="torch"), s.double())
+    got, got_grad = value_and_grad(lambda x: dist(x, t, backend="cpp"), s)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    assert grad_error(got_grad, grad) <= 3e-6
 
 
 @needs_core

@@ -129,3 +129,140 @@ def test_stages_train_one_student(teacher, tmp_path):
     again(make, tmp_path)
     for wrong in ([], [hint]):
         with pytest.raises(ValueError, match="stages must be dicts"): schemes.stage_wise(net(), teacher, loader(), stages=wrong)
+
+
+# several teachers
+
+def others(n=3):
+    "Teachers that differ, and are sure of what they say."
+    models = [net(20 + i, 16).eval() for i in range(n)]
+    for m in models: nn.init.normal_(m[4].weight, std=2., generator=torch.Generator().manual_seed(3))
+    return models
+
+
+def alike(a, b):
+    "Do two students say the same?"
+    x = data(seed=7).tensors[0]
+    torch.testing.assert_close(kd.frozen(a)(x), kd.frozen(b)(x), rtol=1e-3, atol=1e-3)
+
+
+def batch(): return data(n=16, seed=4).tensors
+
+
+def probabilities(models, x, T): return torch.stack([(m(x).double() / T).softmax(-1) for m in models])
+
+
+@pytest.mark.parametrize("T", [1., 4.])
+def test_uniform_teachers_are_the_mean_of_their_probabilities(T):
+    models, (x, y) = others(), batch()
+    team = schemes.Teachers(models, T=T)
+    with torch.no_grad(): want = probabilities(models, x, T).mean(0)
+    torch.testing.assert_close((team(x).double() / T).softmax(-1), want, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose((team(x) / (2 * T)).softmax(-1).double(), probabilities(models, x, 2 * T).mean(0), atol=1e-3)
+
+
+def test_given_weights_and_the_mean_of_logits():
+    models, (x, y) = others(), batch()
+    w = torch.tensor([.5, .2, .3]).double()
+    for given in ([5, 2, 3], w):
+        got = schemes.Teachers(models, given, T=2.)(x)
+        torch.testing.assert_close((got.double() / 2).softmax(-1), (w[:, None, None] * probabilities(models, x, 2.)).sum(0), rtol=1e-5, atol=1e-7)
+    got = schemes.Teachers(models, [5, 2, 3], mean="logits")(x)
+    torch.testing.assert_close(got.double(), sum(a * m(x).double() for a, m in zip(w, models)), rtol=1e-5, atol=1e-6)
+    alone = schemes.Teachers(models, [0, 1, 0], T=3.)(x) # a teacher without weight is not heard
+    torch.testing.assert_close((alone / 3).softmax(-1), (models[1](x) / 3).softmax(-1))
+
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_confidence_is_the_papers_equation(K):
+    gen = torch.Generator().manual_seed(0)
+    z, y = 3 * torch.randn(K, 20, 4, generator=gen).double(), torch.randint(4, (20,), generator=gen)
+    got = schemes.teachers.confidence(z, y)
+    for n in range(20):
+        L = torch.stack([-z[k, n].softmax(0)[y[n]].log() for k in range(K)])
+        want = (1 - L.exp() / L.exp().sum()) / (K - 1)
+        torch.testing.assert_close(got[:, n].double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.sum(0), torch.ones(20))
+
+
+def test_confidence_without_labels_is_uniform():
+    models, (x, y) = others(), batch()
+    half = torch.where(torch.arange(16) < 8, y, -100)
+    team, uniform = schemes.Teachers(models, "confidence"), schemes.Teachers(models)
+    torch.testing.assert_close(team(x), uniform(x))
+    torch.testing.assert_close(team(x, half)[8:], uniform(x)[8:])
+    torch.testing.assert_close(team(x, half)[:8], team(x, y)[:8])
+    assert not torch.allclose(team(x, y), uniform(x), atol=1e-3)
+    torch.testing.assert_close(schemes.Teachers(models[:1], "confidence", T=1.)(x, y).softmax(-1), models[0](x).softmax(-1))
+
+
+def test_learned_weights_are_the_best_there_are():
+    gen = torch.Generator().manual_seed(0)
+    p = torch.rand(3, 300, generator=gen).double() * torch.tensor([[1.], [.9], [.5]])
+    w = schemes.teachers.stacked(p)
+    gradient = (p / (w[:, None] * p).sum(0)).mean(1) # optimal on the simplex: 1 where w > 0, at most 1 elsewhere
+    assert w.sum() == pytest.approx(1) and (gradient <= 1 + 1e-4).all() and (gradient[w > 1e-3] > 1 - 1e-4).all()
+    models, loaders = others(), [(x, y) for x, y in DataLoader(data(n=64, seed=4), 16)]
+    team = schemes.Teachers(models, "learned")
+    with pytest.raises(ValueError, match="have not been learnt: call .fit"): kd.distill(net(), team, loader(), **OPTIONS)
+    assert team.fit(loaders) is team and team.weights.sum() == pytest.approx(1)
+    x, y = data(n=64, seed=4).tensors
+    chances = torch.stack([kd.frozen(m)(x).softmax(-1)[torch.arange(64), y] for m in models])
+    torch.testing.assert_close(team.weights.double(), schemes.teachers.stacked(chances))
+    assert "weights learned 0." in repr(team)
+
+
+def test_a_student_of_several_teachers(teacher, tmp_path):
+    team = lambda **o: schemes.Teachers([teacher, *others(2)], **o)
+    run = kd.distill(net(), team(), loader(), loader(seed=2), **OPTIONS)
+    assert "3 teachers, mean of probabilities at T=4, weights uniform" in repr(run) and run.outputs["teacher"].shape == (64, 3)
+    assert run.plan["objective"] == (0.1 * kd.CrossEntropy() + 0.9 * kd.SoftKL(T=4)).equation()
+    kd.show(run)
+    sgd = OPTIONS | dict(optimizer=lambda p: torch.optim.SGD(p, 0.1)) # Adam would make steps out of rounding
+    three, one = (kd.distill(net(), t, loader(), **sgd) for t in (schemes.Teachers([teacher] * 3), teacher))
+    alike(three.student, one.student)
+    prints = {team(**o).fingerprint for o in ({}, dict(T=2.), dict(mean="logits"), dict(weights="confidence"), dict(weights=[1, 2, 3]))}
+    assert len(prints) == 5 and team().fingerprint == run.plan["teacher_fingerprint"]
+
+
+def test_gradients_of_several_losses_are_those_of_one_mean(teacher):
+    models, (x, y) = others(), batch()
+    z = torch.randn(16, 3, dtype=torch.float64, requires_grad=True)
+    soft = kd.SoftKL(T=4)
+    w = schemes.teachers.confidence(torch.stack([m(x) for m in models]), y)
+    each = sum((a * kd.SoftKL(T=4, reduction="none")(z, m(x).double())).mean() for a, m in zip(w, models))
+    one = soft(z, schemes.Teachers(models, "confidence", T=4.)(x, y).double())
+    torch.testing.assert_close(*[torch.autograd.grad(loss, z)[0] for loss in (each, one)], rtol=1e-4, atol=1e-6)
+
+
+def test_teachers_may_be_caches(teacher, tmp_path):
+    samples = kd.tasks.Samples(*data().tensors, torch.arange(64))
+    numbered = lambda **o: kd.tasks.loader(samples, 16, ids=True, **o)
+    models = [teacher, *others(1)]
+    stored = [kd.cache.store(m, numbered(), tmp_path / str(i)) for i, m in enumerate(models)]
+    runs = [kd.distill(net(), schemes.Teachers(t), numbered(shuffle=True), **OPTIONS) for t in (models, stored, [stored[0], models[1]])]
+    for run in runs[1:]: alike(run.student, runs[0].student)
+    top = kd.cache.store(teacher, numbered(), tmp_path / "top", top_k=2)
+    with pytest.raises(TypeError, match="does not give whole logits"): kd.distill(net(), schemes.Teachers([top]), numbered(), **OPTIONS)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (lambda t: schemes.Teachers([]), "models is empty"), (lambda t: schemes.Teachers([t], T=0), "T must be"),
+    (lambda t: schemes.Teachers([t], "best"), "weights must be"), (lambda t: schemes.Teachers([t], [1, 2]), "weights must be"),
+    (lambda t: schemes.Teachers([t], [-1]), "weights must be"), (lambda t: schemes.Teachers([t], mean="mode"), "mean must be"),
+    (lambda t: schemes.Teachers([t]).fit([]), "fit.. is for weights='learned'"),
+    (lambda t: schemes.Teachers([t], "learned").fit([]), "no batches"),
+    (lambda t: schemes.Teachers([t], "learned").fit(loader(labels=False)), "needs labels"),
+    (lambda t: schemes.Teachers([t, nn.Linear(6, 5)])(batch()[0]), "one shape"),
+    (lambda t: kd.distill(net(), schemes.Teachers([t]), loader(), losses=kd.SoftKL(T=2), **OPTIONS), "another temperature"),
+    (lambda t: kd.distill(net(), schemes.Teachers([t]), loader(), losses=kd.SoftKL(T=kd.schedules.linear(4, 1)), **OPTIONS), "another temp"),
+    (lambda t: kd.distill(net(), schemes.Teachers([t]), loader(), losses=kd.Hint().on("3"), **OPTIONS), "compares features"),
+])
+def test_wrong_teams(teacher, wrong, says):
+    with pytest.raises(ValueError, match=says): wrong(teacher)
+
+
+def test_teachers_are_modules_or_sources(teacher):
+    with pytest.raises(TypeError, match="a teacher is a module"): schemes.Teachers([teacher, lambda x: x])
+    mean = schemes.Teachers([teacher], mean="logits")
+    assert kd.distill(net(), mean, loader(), losses=kd.SoftKL(T=kd.schedules.linear(4, 1)), **OPTIONS).finished

@@ -1,4 +1,4 @@
-"""Five views without a browser: matrix, board, split, simplex, covering or seeking; each trait to data, message and text."""
+"""Matrix, board, split, triangle, covering or seeking without a browser: each trait to data, message and sentence."""
 import json
 
 import numpy as np
@@ -8,10 +8,12 @@ from kdlab.figures import stored
 from kdlab.figures.board import board_numbers
 from kdlab.figures.cover import GRID, STARTS, cover_numbers, descend, divergences, gaussian, slopes, two_peaks
 from kdlab.figures.dark import class_tree, dark_matrix, likeness, shown_classes
+from kdlab.figures.simplex import LOSSES, level_lines, loss_at, plane, simplex_numbers, walk, weights
 from kdlab.figures.split import shares, split_numbers
 from kdlab.widgets.board import AlphaT
 from kdlab.widgets.cover import CoveringOrSeeking
 from kdlab.widgets.dark import DarkKnowledge
+from kdlab.widgets.simplex import Simplex
 from kdlab.widgets.split import DKDSplit
 from test_widgets import messages
 
@@ -401,3 +403,106 @@ def test_cover_tells_what_is_wrong(cover):
         CoveringOrSeeking([[1.0]])
     with pytest.raises(ValueError, match="class_names must hold 3"):
         CoveringOrSeeking([[0.0, 1.0, 2.0]], class_names="ab")
+
+
+@pytest.fixture
+def simplex():
+    return Simplex()
+
+
+@pytest.mark.parametrize("name, value", [("loss", 4), ("teacher_first", 0.3), ("teacher_split", 0.2),
+                                         ("student_first", 0.5), ("student_split", 0.05)])
+def test_simplex_one_message_a_change(simplex, name, value):
+    follows(simplex, name, value)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("p", [[0.6, 0.3, 0.1], [0.02, 0.96, 0.02]])
+def test_simplex_level_lines_lie_on_their_level(name, p):
+    lines, on_edge = level_lines(name, p)
+    wanted = np.broadcast_to(np.array([1.0, 0.3, 0.1, 0.03, 0.01])[:, None], on_edge.shape)
+    free = lines.min(-1) > 1e-4  # forward KL is infinite at an edge: close by, a step of rounding moves it much
+    assert free.sum() > 20 and np.allclose(loss_at(name, p, lines)[free], wanted[free], rtol=1e-3)
+    assert (loss_at(name, p, lines)[on_edge] <= wanted[on_edge]).all() and (lines.min(-1)[on_edge] < 1e-9).all()
+    assert np.allclose(lines.sum(-1), 1) and lines.min() >= 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_simplex_the_walk_goes_down(name):
+    p = np.array([0.5, 0.2, 0.3])
+    path = walk(name, p, [0.1, 0.1, 0.8])
+    assert (np.diff(loss_at(name, p, path)) <= 1e-12).all() and np.allclose(path.sum(1), 1)
+    assert np.allclose(walk(name, p, p)[-1], p) == (name != "cross-entropy")
+
+
+def test_simplex_from_a_student_that_is_sure_and_wrong(simplex):
+    "What the text beside the widget says."
+    left = [w["left"][5] for w in simplex_numbers([0.6, 0.3, 0.1], [0.02, 0.96, 0.02])]
+    assert left[1] < 50 < left[2] and min(left[3:]) > 90
+
+
+@pytest.mark.parametrize("loss", range(5))
+def test_simplex_code_runs(simplex, loss):
+    simplex.assign(loss=loss, student_first=0.1, student_split=0.4)
+    space = {}
+    exec(simplex.code(), space)
+    strong = [t for t in simplex.fig.data if t.line.width == 4][0]
+    assert np.allclose(np.transpose([strong.x, strong.y]), plane(np.array(space["path"])), atol=1e-3)
+    assert f"{space['apart']:.2f} away" in simplex.panel.text
+
+
+def test_simplex_a_disc_is_dropped(simplex):
+    sent = messages(simplex.fig)
+    x, y = plane([0.25, 0.5, 0.25])
+    drop = {"shapes[1].x0": x - 0.1, "shapes[1].x1": x + 0.1, "shapes[1].y0": y - 0.1, "shapes[1].y1": y + 0.1}
+    simplex.fig._js2py_relayout = dict(relayout_data=drop, source_view_id="v")
+    assert (simplex.student_first, simplex.student_split) == (0.25, 0.67)
+    assert "_py2js_update" in sent and "from (A 0.25, B 0.50, C 0.25)" in simplex.panel.text
+    at = simplex.fig.layout.shapes[1]
+    assert np.isclose(at.x1 - at.x0, 0.064) and np.allclose((at.x0 + at.x1) / 2, x, atol=0.01)
+    wide = drop | {"shapes[1].x0": x - 0.2, "shapes[1].x1": x + 0.2}
+    simplex.fig._js2py_relayout = dict(relayout_data=wide, source_view_id="v")
+    assert np.isclose(simplex.fig.layout.shapes[1].x1 - simplex.fig.layout.shapes[1].x0, 0.064)  # it was only resized
+    out = {"shapes[0].x0": 2.0, "shapes[0].x1": 2.2, "shapes[0].y0": -1.0, "shapes[0].y1": -1.2}
+    simplex.fig._js2py_relayout = dict(relayout_data=out, source_view_id="v")
+    assert (simplex.teacher_first, simplex.panel.error) == (0.01, "")
+    assert np.allclose(weights(*plane([0.2, 0.3, 0.5])), [0.2, 0.3, 0.5])
+
+
+def test_simplex_state(simplex):
+    round_trip(simplex, loss=3, teacher_first=0.35, student_split=0.5)
+
+
+def test_simplex_of_own_logits(arrays):
+    view = Simplex(arrays["teacher"], arrays["student"], arrays["y"], [f"species {k}" for k in range(10)])
+    follows(view, "example", 9)
+    label = arrays["y"][9]
+    three = [label, *[k for k in np.argsort(-arrays["teacher"][9]) if k != label][:2]]
+    p = softmax(arrays["teacher"][9][three])
+    assert abs(view.teacher_first - p[0]) <= 0.01 and f"species {three[1]} " in view.panel.text
+    twin = Simplex.from_state(view.state() | dict(student_first=0.5), arrays["teacher"], arrays["student"], arrays["y"])
+    assert twin.student_first == 0.5 and twin.teacher_first == view.teacher_first
+    many = Simplex(*np.random.default_rng(0).normal(size=(2, 3, 1000)))
+    assert many.panel.error == ""
+
+
+def test_simplex_tells_what_is_wrong(simplex, arrays):
+    simplex.student_first = 1.0
+    assert "must lie between 0 and 1" in simplex.panel.error
+    simplex.reset()
+    simplex.loss = 7
+    assert simplex.panel.error == "loss must lie in 0..4, got 7"
+    broken = arrays["student"].copy()
+    broken[[0, 3]] = np.nan
+    view = Simplex(arrays["teacher"], broken)
+    assert "choose another example" in view.panel.error
+    view.example = 1
+    assert view.panel.error == ""
+    view.example = 3
+    assert "choose another example" in view.panel.error
+    with pytest.raises(ValueError, match="at least three classes"):
+        Simplex([[1.0, 2.0]], [[1.0, 2.0]])
+    with pytest.raises(ValueError, match="must have one shape"):
+        Simplex(arrays["teacher"], arrays["student"][:5])
+    with pytest.raises(ValueError, match="class_names must hold 3"):
+        Simplex(class_names="ab")

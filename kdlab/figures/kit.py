@@ -7,13 +7,14 @@ __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_
            'check_logits', 'check_labels', 'check_images', 'check_names', 'check_ids', 'check_index', 'check_runs',
            'check_pair', 'check_both', 'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'series',
            'layout', 'are_long', 'class_axis', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider',
-           'choice', 'toggle', 'button', 'page', 'write_text', 'write_page']
+           'choice', 'toggle', 'button', 'page', 'write_text', 'write_page', 'snippet']
 
-# %% ../../nbs/api/figures/00_kit.ipynb #1b80da89
+# %% ../../nbs/api/figures/00_kit.ipynb #f71e3e64
 import json
 import os
 from html import escape
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import plotly.graph_objects as go
@@ -545,3 +546,28 @@ def write_page(
     if '<script src="plotly.min.js">' in html and not script.exists():
         write_text(script, get_plotlyjs())
     return write_text(path, html)
+
+# %% ../../nbs/api/figures/00_kit.ipynb #ef12b692
+_SNIPPET = """<section class="kd-panel" aria-label="{title}"><p class="kd-title">{title}</p><p class="kd-text">{text}</p>
+<div id="{id}" role="img" aria-label="{text}"></div>
+<script type="application/json" id="{id}-data">{blob}</script>
+<script>{plotly}(() => {{
+  const plot = document.getElementById("{id}");
+  const {{ data, layout }} = JSON.parse(document.getElementById("{id}-data").textContent);
+  Plotly.newPlot(plot, data, layout, {{ displayModeBar: false, responsive: true }});
+}})();</script></section>"""
+_shipped = False  # has plotly come along in this kernel?
+
+
+def snippet(
+    fig:go.Figure,
+    title:str,
+    text:str,  # one sentence: what the figure shows
+) -> str:
+    "HTML of a figure for a page that is made of outputs; the first one of a kernel brings plotly."
+    global _shipped
+    bundle = "" if _shipped else f"(() => {{ let define, module, exports; {get_plotlyjs()}; window.Plotly ??= Plotly; }})();"
+    style = "" if _shipped else f"<style>{CONTROL_CSS}{THEME_CSS}</style>"
+    _shipped = True
+    return style + _SNIPPET.format(title=escape(title), text=escape(text), id=f"kd-{uuid4().hex}", plotly=bundle,
+                                   blob=fig.to_json().replace("<", "\\u003c"))

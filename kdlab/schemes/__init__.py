@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/schemes/00_schemes.ipynb #f4245074
+# %% ../../nbs/api/schemes/00_schemes.ipynb #1ef41785
 from .chains import Runs, Stage, born_again, follow, stage_wise, teacher_assistants
+from .teachers import Teachers
 
-# %% ../../nbs/api/schemes/00_schemes.ipynb #596b0e4b
-__all__ = ["Runs", "Stage", "born_again", "follow", "stage_wise", "teacher_assistants"]
+# %% ../../nbs/api/schemes/00_schemes.ipynb #62692348
+__all__ = ["Runs", "Stage", "Teachers", "born_again", "follow", "stage_wise", "teacher_assistants"]

@@ -61,7 +61,7 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #d391628a
+# %% ../../nbs/api/widgets/50_gallery.ipynb #bbe48809
 _FIRST = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
@@ -83,6 +83,11 @@ _FIRST = (
             "accuracy?",
             "Share of the loss and share of the push are not the same. The temperature moves accuracy by points; from T = 4 on "
             "alpha hardly matters, up to the last row, where no teacher is left."),
+    Exhibit("cover", "CoveringOrSeeking", "Forward or reverse KL, when the student is too small for its teacher?",
+            "The teacher has two peaks, the student is one Gaussian. Where will forward KL put it, and where reverse KL? Does the "
+            "start matter?",
+            "Forward KL covers both peaks and puts mass in the valley between, from every start. Reverse KL sits on one peak, and "
+            "the start decides which. With the peaks close together both agree."),
     Exhibit("placebo", "PlaceboTeacher", "Is it the teacher, or just softness?",
             "Smoothed labels are as soft as the teacher's targets. Will a student learn as much from them?",
             "No: of targets equally soft only the true teacher's help on the 40 images, and on the digit that the student "
@@ -108,6 +113,10 @@ _FIRST = (
             "How often does a student agree with its teacher that saw 1000 images of pure noise?",
             "Far more often than by chance, and far less often than one that saw 100 real images; blends and shifted copies "
             "lie between."),
+    Exhibit("clinic", "BugClinic", "Which bug is it? The run works, and is wrong.",
+            "Seven classic bugs, each in one line of a loss: how many of them does the student's accuracy show?",
+            "Three of the seven. The first value of the loss, compared with what it must be by hand, shows four more or less at "
+            "once; the loss at the end and two charts of the teacher show the rest."),
 )
 _LAST = (
     Exhibit("precision", "Precision", "When is a 16-bit loss too coarse?",
