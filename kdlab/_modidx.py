@@ -1075,6 +1075,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdlab.gaps._side': ('api/gaps.html#_side', 'kdlab/gaps.py'),
                             'kdlab.gaps._similarities': ('api/gaps.html#_similarities', 'kdlab/gaps.py'),
                             'kdlab.gaps._thin': ('api/gaps.html#_thin', 'kdlab/gaps.py'),
+                            'kdlab.gaps._token_notes': ('api/gaps.html#_token_notes', 'kdlab/gaps.py'),
                             'kdlab.gaps._undisturbed': ('api/gaps.html#_undisturbed', 'kdlab/gaps.py'),
                             'kdlab.gaps._value': ('api/gaps.html#_value', 'kdlab/gaps.py'),
                             'kdlab.gaps._watched': ('api/gaps.html#_watched', 'kdlab/gaps.py'),
