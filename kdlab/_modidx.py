@@ -2625,6 +2625,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kdlab.widgets.simplex.Simplex.sentence': ( 'api/widgets/simplex.html#simplex.sentence',
                                                                                    'kdlab/widgets/simplex.py'),
                                        'kdlab.widgets.simplex._Points': ('api/widgets/simplex.html#_points', 'kdlab/widgets/simplex.py'),
+                                       'kdlab.widgets.simplex._Points.controls': ( 'api/widgets/simplex.html#_points.controls',
+                                                                                   'kdlab/widgets/simplex.py'),
                                        'kdlab.widgets.simplex._Points.corners': ( 'api/widgets/simplex.html#_points.corners',
                                                                                   'kdlab/widgets/simplex.py'),
                                        'kdlab.widgets.simplex._Points.dropped': ( 'api/widgets/simplex.html#_points.dropped',
