@@ -33,9 +33,10 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #0bf3f569
+# %% ../nbs/api/00_kdlab.ipynb #110c7a14
 _HOMES |= {
     "kdlab.distilling": "distill Run load predict",
+    "kdlab.logs": "tensorboard",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
     "kdlab.adapters": "Projector build",

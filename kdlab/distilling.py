@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict', 'Run', 'load', 'distill']
 
-# %% ../nbs/api/04_distilling.ipynb #9497a1b6
+# %% ../nbs/api/04_distilling.ipynb #c97efaf8
 import copy
 import json
 import time
@@ -18,6 +18,7 @@ from .adapters import build
 from .calling import ask, device_of, frozen, move, split
 from .checkpoints import fingerprint, own_chance, start_epoch
 from .losses import CrossEntropy, Loss, Objective, SoftKL
+from .logs import History
 from .loop import Ways, Trainer, cautions, epoch, evaluate, steps_in
 from .parallel import assemble, share_buffers
 from .terms import Source, is_source, scheduled
@@ -39,7 +40,7 @@ def predict(
     if not logits: raise ValueError("the loader has no batches")
     return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
 
-# %% ../nbs/api/04_distilling.ipynb #a1c8be25
+# %% ../nbs/api/04_distilling.ipynb #fc3a9695
 class Run:
     """What `kd.distill` returns. `status` is running, finished, stopped early, interrupted or failed.
 
@@ -81,6 +82,10 @@ class Run:
         "Before `run.pt`: whatever is cut off between the two is trained again, and written again."
         if path.exists() and checkpoints.read(path, _BEST, "a best epoch")["best"] == self.best: return
         checkpoints.save({"format": _BEST, "best": self.best, "student": self._best_weights}, path)
+
+    def table(self)->History:
+        "The history, an epoch in a row."
+        return History(self.history)
 
     def take_best(self)->"Run": # itself
         "Put the weights of the best epoch into the student."
