@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kdlab.cli_export.main': ('api/cli_export.html#main', 'kdlab/cli_export.py'),
                                   'kdlab.cli_export.make_table': ('api/cli_export.html#make_table', 'kdlab/cli_export.py')},
             'kdlab.commands': { 'kdlab.commands._answers': ('api/commands.html#_answers', 'kdlab/commands.py'),
+                                'kdlab.commands._device': ('api/commands.html#_device', 'kdlab/commands.py'),
                                 'kdlab.commands._experiment': ('api/commands.html#_experiment', 'kdlab/commands.py'),
                                 'kdlab.commands._free': ('api/commands.html#_free', 'kdlab/commands.py'),
                                 'kdlab.commands._lesson': ('api/commands.html#_lesson', 'kdlab/commands.py'),
