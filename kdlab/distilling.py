@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['predict', 'Run', 'load', 'distill']
 
-# %% ../nbs/api/04_distilling.ipynb #bd1f4f67
+# %% ../nbs/api/04_distilling.ipynb #c97efaf8
 import copy
 import json
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from . import checkpoints
 from .adapters import build
-from .calling import ask, count, device_of, frozen, move, split
+from .calling import ask, device_of, frozen, move, split
 from .checkpoints import fingerprint, own_chance, start_epoch
 from .losses import CrossEntropy, Loss, Objective, SoftKL
-from .terms import Answers, Source, Watched, bound_names, has_unlabelled, is_source, scheduled, weigh
+from .logs import History
+from .loop import Ways, Trainer, cautions, epoch, evaluate, steps_in
+from .parallel import assemble, share_buffers
+from .terms import Source, is_source, scheduled
 
 # %% ../nbs/api/04_distilling.ipynb #88ca572f
 def predict(
@@ -38,7 +40,7 @@ def predict(
     if not logits: raise ValueError("the loader has no batches")
     return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
 
-# %% ../nbs/api/04_distilling.ipynb #a1c8be25
+# %% ../nbs/api/04_distilling.ipynb #fc3a9695
 class Run:
     """What `kd.distill` returns. `status` is running, finished, stopped early, interrupted or failed.
 
@@ -80,6 +82,10 @@ class Run:
         "Before `run.pt`: whatever is cut off between the two is trained again, and written again."
         if path.exists() and checkpoints.read(path, _BEST, "a best epoch")["best"] == self.best: return
         checkpoints.save({"format": _BEST, "best": self.best, "student": self._best_weights}, path)
+
+    def table(self)->History:
+        "The history, an epoch in a row."
+        return History(self.history)
 
     def take_best(self)->"Run": # itself
         "Put the weights of the best epoch into the student."
@@ -198,130 +204,7 @@ def _complete(objective:Objective, student, teacher, train, forward, seed:int)->
         if x is None: raise ValueError("train has no batches: the data set is empty, or drop_last dropped all of it")
         return build(objective, student, teacher, move(x, device_of(student)), forward=forward)
 
-# %% ../nbs/api/04_distilling.ipynb #dff52a5e
-class _Trainer:
-    "What one run needs while it is running: models on their device, optimizer, scheduler, progress bar."
-    def __init__(self, run:Run, train, valid, optimizer, scheduler, bar, stop=None):
-        self.run, self.train, self.valid, self.bar, self.stop = run, train, valid, bar, stop
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.device = device_of(run.student)
-        watch = lambda side, **kwargs: Watched(getattr(run, side), bound_names(run.objective, side), run.forward, **kwargs)
-        self.student, self.teacher = watch("student"), None
-        if is_source(run.teacher): self.teacher = Answers(run.teacher, self.device)
-        elif run.teacher is not None: self.teacher = watch("teacher", teacher=True)
-        self.moves = run.objective.moving()
-        self.unlabelled = 0 # batches in which a sample had no label
-
-    def see(self, batch)->tuple: # what student and teacher showed, inputs, labels, mask of tokens
-        "Both models on one batch."
-        x, y = split(batch)
-        x, y = move(x, self.device), None if y is None else y.to(self.device)
-        ours, theirs = self.student(x), None if self.teacher is None else self.teacher(x, y, batch)
-        return ours, theirs, x, y, x.get("attention_mask") if isinstance(x, Mapping) else None
-
-    def epoch(self, epoch:int)->tuple[float, dict]: # mean training loss, and means of its terms
-        "Train one epoch."
-        run, means = self.run, _Means()
-        run.student.train()
-        run.objective.train()
-        steps = len(self.train) if hasattr(self.train, "__len__") else None
-        for step, batch in enumerate(self.train):
-            if self.stop is not None and self.stop(): raise KeyboardInterrupt
-            if self.moves and steps: self.advance(epoch + step / steps)
-            ours, theirs, x, y, mask = self.see(batch)
-            self.unlabelled += has_unlabelled(y)
-            loss, worth = weigh(run.objective, ours, theirs, y, mask)
-            value = float(loss.detach())
-            if not math.isfinite(value): raise FloatingPointError(_not_finite(value, epoch, step, ours, theirs, worth))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            if self.scheduler is not None: self.scheduler.step()
-            means.add(value, worth, count(x))
-            self.bar.update()
-        if not means.samples: raise ValueError("train has no batches: the data set is empty, or drop_last dropped all of it")
-        return means.loss, means.terms
-
-    def advance(self, epochs:float)->None:
-        "Move the schedules to where they stand after so many epochs."
-        if self.moves: self.run.objective.advance(min(1., epochs / self.run.plan["epochs"]))
-
-    def close(self)->None:
-        "Take the taps out of the models."
-        for watched in (self.student, self.teacher):
-            if watched is not None: watched.close()
-
-# %% ../nbs/api/04_distilling.ipynb #dc22c969
-class _Means:
-    "Mean loss and terms over the samples of an epoch."
-    def __init__(self): self.samples, self._sum, self._terms = 0, 0., {}
-
-    def add(self, loss:float, terms:dict[str, Tensor], n:int)->None:
-        self._sum, self.samples = self._sum + loss * n, self.samples + n
-        for name, value in terms.items():
-            total, count = self._terms.get(name, (0., 0))
-            self._terms[name] = total + value.double() * n, count + n
-
-    @property
-    def loss(self)->float: return self._sum / self.samples
-
-    @property
-    def terms(self)->dict[str, float]: return {name: float(total) / n for name, (total, n) in self._terms.items()}
-
-# %% ../nbs/api/04_distilling.ipynb #12f10022
-@torch.no_grad()
-def _evaluate(trainer:_Trainer)->tuple[dict, dict]: # measures, and the arrays behind them
-    "Loss, accuracy and agreement with the teacher on the valid set."
-    run, zs, zt, said, ys, xs, losses = trainer.run, [], [], [], [], [], []
-    alone = any(loss.role == "self" and w != 0 for w, loss in run.objective.terms())
-    run.student.eval()
-    run.objective.eval()
-    for batch in trainer.valid:
-        ours, theirs, x, y, mask = trainer.see(batch)
-        if y is not None or theirs is not None or alone: losses.append((weigh(run.objective, ours, theirs, y, mask)[0], count(x)))
-        zs.append(ours.logits)
-        zt.append(theirs.logits if theirs is not None and isinstance(theirs.logits, Tensor) else None)
-        said.append(None if theirs is None else _top(theirs.logits))
-        ys.append(y)
-        xs.append(x if isinstance(x, Tensor) else None)
-    if not zs: raise ValueError("valid has no batches; leave it out if there is nothing to validate on")
-    whole = lambda parts: None if any(p is None for p in parts) else torch.cat(parts).cpu()
-    zs, zt, said, y, x = map(whole, (zs, zt, said, ys, xs))
-    return _measures(losses, zs, said, y), _outputs(zs, zt, y, x)
-
-def _top(said:Tensor|tuple)->Tensor:
-    "The likeliest class, from logits or from a pair (log_probs, ids)."
-    if isinstance(said, Tensor): return said.argmax(-1)
-    return said[1].gather(-1, said[0].argmax(-1, keepdim=True)).squeeze(-1)
-
-# %% ../nbs/api/04_distilling.ipynb #bc3cfd9c
-def _measures(losses, zs, said, y)->dict:
-    "What the history keeps of an evaluation."
-    total = sum(n for _, n in losses)
-    out = {"valid_loss": sum(float(v) * n for v, n in losses) / total} if total else {}
-    if y is not None and y.shape == zs.shape[:-1]:
-        known = y != -100
-        out["valid_accuracy"] = float((zs.argmax(-1) == y)[known].float().mean())
-    if said is not None: out["valid_agreement"] = float((zs.argmax(-1) == said).float().mean())
-    return out
-
-def _outputs(zs, zt, y, x, limit:int=2**22)->dict:
-    "What the widgets draw: logits, labels, and inputs while they are small (4 MiB)."
-    keep = {"student": zs.float(), "teacher": None if zt is None else zt.float(), "labels": y, "inputs": x}
-    return {k: v for k, v in keep.items() if v is not None and v.numel() * v.element_size() <= limit}
-
-# %% ../nbs/api/04_distilling.ipynb #fcc51ab9
-def _not_finite(value, epoch, step, ours, theirs, worth)->str:
-    "What to say when the loss is no number."
-    where = [f"{whose} {what}" for whose, seen in (("student's", ours), ("teacher's", theirs)) if seen is not None
-             for what, x in (("logits", seen.logits), *seen.layers.items()) if isinstance(x, Tensor) and not x.isfinite().all()]
-    terms = [name for name, x in worth.items() if not x.isfinite().all()]
-    cause = (f"the {' and '.join(where)} hold NaN or infinity" if where
-             else f"the logits are finite, {' and '.join(terms) or 'the loss'} is not")
-    return (f"the loss became {value} in epoch {epoch + 1}, step {step + 1}: {cause}. The weights are those before this "
-            f"step. Try a smaller lr, and check the inputs for NaN")
-
-# %% ../nbs/api/04_distilling.ipynb #4ef16e0f
+# %% ../nbs/api/04_distilling.ipynb #ba221cb9
 def distill(
     student:nn.Module, # trained in place; left in eval mode
     teacher:nn.Module|Source|None, # asked, never changed; None trains the student alone; anything with `answer`: see `kdlab.terms`
@@ -332,13 +215,19 @@ def distill(
     losses:Loss|list[Loss]|None=None, # what to minimise; None is 0.1·CrossEntropy + 0.9·SoftKL(T=4); losses on features .on(layers)
     lr:float=3e-3, # learning rate of the default optimizer, Adam
     optimizer:Callable|torch.optim.Optimizer|None=None, # an optimizer, or a function from parameters to one
-    scheduler:Callable|str|None="cosine", # "cosine" to 0 over the run, None, or a function from the optimizer; stepped each batch
+    scheduler:Callable|str|None="cosine", # "cosine" to 0 over the run, None, or a function from the optimizer; stepped each step
+    clip:float|None=None, # largest norm of all gradients together; longer ones are shortened
+    accumulate:int=1, # batches in a step: 4 of 8 samples make the step of one of 32
+    precision:str="fp32", # of forward passes: fp32, bf16, or fp16 with scaled gradients
+    compile:bool|dict=False, # torch.compile both models; a dict is its options
+    processes:int=1, # how many share each batch; start with torchrun --nproc-per-node N
+    gather:bool=False, # give losses that compare samples with each other those of all processes
     seed:int=0, # of everything random in the run
     patience:int|None=None, # stop after so many epochs without a better valid result, and take the best weights
     out:str|Path|None=None, # a folder of its own for the run, written at the start and after each epoch
     resume:bool=False, # continue the run in `out`, if there is one
     forward:Callable|None=None, # forward(model, x) -> logits, for models whose logits are not plain; x: inputs of a batch
-    callbacks:Iterable[Callable]=(), # each is called with the run after every epoch
+    callbacks:Iterable[Callable]=(), # each is called with the run after every epoch, in the first process
     stop:Callable|None=None, # asked before every step; when it says True, the run ends as after Ctrl-C
     progress:bool=True, # show a progress bar
 )->Run:
@@ -350,6 +239,7 @@ def distill(
     if not isinstance(epochs, int) or epochs < 1: raise ValueError(f"epochs must be a whole number >= 1, got {epochs!r}")
     if student is teacher: raise ValueError("student and teacher are one module; a teacher must stay as it is. Copy it first")
     if patience is not None and valid is None: raise ValueError("patience= watches the valid set: pass valid=")
+    ways = Ways(clip, accumulate, precision, compile, gather, assemble(processes, device_of(student)), stop).check()
     objective = _as_objective(losses, teacher)
     if teacher is not None: getattr(teacher, "to", lambda device: None)(device_of(student))
     elif any(loss.role not in ("hard", "self") for _, loss in objective.terms()): raise ValueError(f"{objective} needs a teacher, got None")
@@ -359,12 +249,16 @@ def distill(
     objective.advance(0.)
     run = Run(student, teacher, objective, _plan(student, teacher, objective, epochs, seed, patience), forward)
     optimizer = _optimizer(optimizer, student, objective, lr)
-    scheduler = _scheduler(scheduler, optimizer, epochs, train)
-    run.plan |= {"optimizer": _described(optimizer), "scheduler": None if scheduler is None else type(scheduler).__name__}
-    if out is not None: _open(run, Path(out), resume, optimizer, scheduler, train)
-    if run.finished: return run
-    with own_chance(device_of(student)), _bar(run, train, progress) as bar:
-        _train(_Trainer(run, train, valid, optimizer, scheduler, bar, stop), None if out is None else Path(out), callbacks)
+    scheduler = _scheduler(scheduler, optimizer, epochs, steps_in(train, accumulate))
+    run.plan |= {"optimizer": _described(optimizer), "scheduler": None if scheduler is None else type(scheduler).__name__} | ways.written()
+    run.notes += cautions(student, objective, ways)
+    ways.team.check_same(run.plan | {"losses": fingerprint(objective)}, "train the same run")
+    trainer = Trainer(run, train, valid, optimizer, scheduler, _bar(run, train, progress and ways.team.first), ways)
+    out = None if out is None else Path(out)
+    try:
+        if out is not None: _open(trainer, out, resume)
+        if not run.finished: _train(trainer, out, callbacks)
+    finally: trainer.close()
     return run
 
 # %% ../nbs/api/04_distilling.ipynb #fa77f006
@@ -375,18 +269,20 @@ def _check_source(source, objective:Objective)->None:
                                  f"pass the module as project=")
     getattr(source, "check", lambda objective: None)(objective)
 
-# %% ../nbs/api/04_distilling.ipynb #60fe152b
-def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
+# %% ../nbs/api/04_distilling.ipynb #a6b64e55
+def _train(trainer:Trainer, out:Path|None, callbacks)->None:
     "The epochs that are left, and a run in order however they end."
-    run, plan = trainer.run, trainer.run.plan
+    run, plan, team = trainer.run, trainer.run.plan, trainer.ways.team
     before = None if run.teacher is None else plan["teacher_fingerprint"]
+    trainer.bar.initial = trainer.bar.n = run.epoch * (steps_in(trainer.train) or 0)
     try:
-        while run.epoch < plan["epochs"] and run.status == "running":
-            _one_epoch(trainer, before)
-            if run.status == "running" and run.epoch == plan["epochs"]: run.status = "finished"
-            if run.finished: _finish(trainer)
-            if out is not None: run.save(out)
-            for callback in callbacks: callback(run)
+        with own_chance(trainer.device):
+            while run.epoch < plan["epochs"] and run.status == "running":
+                _one_epoch(trainer, before)
+                if run.status == "running" and run.epoch == plan["epochs"]: run.status = "finished"
+                if run.finished: _finish(trainer)
+                if out is not None: team.first_does(lambda: run.save(out))
+                team.first_does(lambda: [callback(run) for callback in callbacks])
     except KeyboardInterrupt:
         if not run.finished: run.status = "interrupted"
         run.notes.append(f"interrupted after {run.epoch} whole epochs; the student has the weights of that moment")
@@ -394,31 +290,33 @@ def _train(trainer:_Trainer, out:Path|None, callbacks)->None:
         run.status = "failed"
         raise
     finally:
-        trainer.close()
         run.student.eval()
         run.objective.eval()
         trainer.optimizer.zero_grad(set_to_none=True) # the last gradients are of no use to anyone
 
-# %% ../nbs/api/04_distilling.ipynb #f723278e
-def _one_epoch(trainer:_Trainer, before:str|None)->None:
+# %% ../nbs/api/04_distilling.ipynb #78ca04be
+def _one_epoch(trainer:Trainer, before:str|None)->None:
     "Train, measure, check the teacher, remember the best."
-    run, epoch, start = trainer.run, trainer.run.epoch, time.perf_counter()
+    run, number, start = trainer.run, trainer.run.epoch, time.perf_counter()
     run._loop = {}
-    start_epoch(run.plan["seed"], epoch, trainer.train)
-    trainer.advance(epoch)
+    chance = start_epoch(run.plan["seed"], number, trainer.train)
+    trainer.advance(number)
     lr, moved = trainer.optimizer.param_groups[0]["lr"], scheduled(run.objective)
-    loss, terms = trainer.epoch(epoch)
-    trainer.advance(epoch + 1)
-    entry = {"epoch": epoch + 1, "train_loss": loss} | ({"terms": terms} if len(run.objective.losses) > 1 else {})
+    loss, terms = epoch(trainer, number, chance)
+    trainer.advance(number + 1)
+    share_buffers((run.student, run.objective), trainer.ways.team)
+    entry = {"epoch": number + 1, "train_loss": loss} | ({"terms": terms} if len(run.objective.losses) > 1 else {})
     if moved: entry["scheduled"] = moved
+    if trainer.norms: entry["gradient_norm"] = float(torch.stack(trainer.norms).mean())
     if trainer.valid is not None:
-        measures, run.outputs = _evaluate(trainer)
+        measures, run.outputs = evaluate(trainer)
         entry |= measures
+    trainer.after(entry)
     if before is not None and _digest(run.teacher) != before:
-        raise RuntimeError(f"the teacher changed in epoch {epoch + 1}. It must stay as it is: does the student share "
+        raise RuntimeError(f"the teacher changed in epoch {number + 1}. It must stay as it is: does the student share "
                            f"modules with it, or does a callback train it?")
     run.history.append(entry | {"lr": lr, "seconds": round(time.perf_counter() - start, 3)})
-    run._loop = _loop_state(trainer.optimizer, trainer.scheduler)
+    run._loop = trainer.state()
     _watch(run, entry)
     trainer.bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("train_loss", "valid_accuracy")})
 
@@ -435,17 +333,18 @@ def _watch(run:Run, entry:dict)->None:
         run._best_weights = copy.deepcopy(_weights(run.student))
     elif patience is not None and entry["epoch"] - run.best["epoch"] >= patience: run.status = "stopped early"
 
-# %% ../nbs/api/04_distilling.ipynb #700a86cb
-def _finish(trainer:_Trainer)->None:
+# %% ../nbs/api/04_distilling.ipynb #1836e74c
+def _finish(trainer:Trainer)->None:
     "The last things: best weights if patience was asked for, and what is worth a note."
     run = trainer.run
     if run.plan["patience"] is not None and run.best is not None:
         run.take_best()
-        _, run.outputs = _evaluate(trainer)
+        _, run.outputs = evaluate(trainer)
         run.notes.append(f"the student has the weights of epoch {run.best['epoch']}")
     hard = [loss for w, loss in run.objective.terms() if loss.role == "hard" and w != 0]
-    if trainer.unlabelled and hard:
-        run.notes.append(f"{trainer.unlabelled} batches had samples without labels: CrossEntropy left those out")
+    unlabelled, skipped = trainer.tally["unlabelled"], trainer.tally["skipped"]
+    if unlabelled and hard: run.notes.append(f"{unlabelled} batches had samples without labels: CrossEntropy left those out")
+    if skipped: run.notes.append(f"{skipped} steps were skipped: gradients overflowed in float16")
     run._loop = {}
 
 # %% ../nbs/api/04_distilling.ipynb #bfdd3f71
@@ -471,7 +370,7 @@ def _course(objective:Objective)->dict:
         moments.append(scheduled(objective))
     return {name: [moment[name] for moment in moments] for name in moments[0]}
 
-# %% ../nbs/api/04_distilling.ipynb #052c1104
+# %% ../nbs/api/04_distilling.ipynb #80ec6634
 def _optimizer(choice, student, objective, lr)->torch.optim.Optimizer:
     "The optimizer of everything that trains."
     if isinstance(choice, torch.optim.Optimizer):
@@ -484,12 +383,12 @@ def _optimizer(choice, student, objective, lr)->torch.optim.Optimizer:
     parameters = [*student.parameters(), *objective.parameters()]
     return torch.optim.Adam(parameters, lr=lr) if choice is None else choice(parameters)
 
-def _scheduler(choice, optimizer, epochs, train):
-    "A scheduler that is stepped after each batch."
+def _scheduler(choice, optimizer, epochs, steps):
+    "A scheduler that is stepped after each step, or after each epoch with the valid loss if it is ReduceLROnPlateau."
     if callable(choice): return choice(optimizer)
     if choice not in ("cosine", None): raise ValueError(f"scheduler must be 'cosine', None or a function, got {choice!r}")
-    if choice is None or not hasattr(train, "__len__"): return None
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(train)))
+    if choice is None or steps is None: return None
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * steps))
 
 # %% ../nbs/api/04_distilling.ipynb #2baba0ff
 def _described(optimizer:torch.optim.Optimizer)->str:
@@ -498,55 +397,49 @@ def _described(optimizer:torch.optim.Optimizer)->str:
     groups = [", ".join(f"{k}={v}" for k, v in plain(group).items()) for group in optimizer.param_groups]
     return f"{type(optimizer).__name__}({'; '.join(dict.fromkeys(groups))})"
 
-# %% ../nbs/api/04_distilling.ipynb #e105b78a
-def _open(run:Run, out:Path, resume:bool, optimizer, scheduler, train)->None:
+# %% ../nbs/api/04_distilling.ipynb #b1c4b24f
+def _open(trainer:Trainer, out:Path, resume:bool)->None:
     "Take up the run in `out`, or begin one there; nothing is written over."
-    checkpoints.claim(out, ("run.pt", "run.json", "best.pt"))
-    if (out / "run.pt").exists(): return _take_up(run, out, resume, optimizer, scheduler, train)
-    run.plan["train"] = checkpoints.check_replay(train, run.plan["seed"])
-    run._loop = _loop_state(optimizer, scheduler)
+    run, team = trainer.run, trainer.ways.team
+    team.first_does(lambda: checkpoints.claim(out, ("run.pt", "run.json", "best.pt")))
+    if team.told((out / "run.pt").exists()): return _take_up(trainer, out, resume)
+    run.plan["train"] = checkpoints.check_replay(trainer.train, run.plan["seed"], trainer.device)
+    run._loop = trainer.state()
     checkpoints.check_plain(run._loop, "optimizer or the scheduler")
-    run.save(out)
+    team.first_does(lambda: run.save(out))
 
-def _loop_state(optimizer, scheduler)->dict:
-    return {"optimizer": optimizer.state_dict(), "scheduler": None if scheduler is None else scheduler.state_dict()}
-
-# %% ../nbs/api/04_distilling.ipynb #2e80bfee
-def _take_up(run:Run, out:Path, resume:bool, optimizer, scheduler, train)->None:
+# %% ../nbs/api/04_distilling.ipynb #b8530e92
+def _take_up(trainer:Trainer, out:Path, resume:bool)->None:
     "Go on where the run in `out` stopped, if it is the one asked for."
-    state = _read(out)
+    run, state = trainer.run, _read(out)
     if not resume:
         raise FileExistsError(f"{out} holds a run already ({state['status']}, {len(state['history'])} epochs). Choose another "
                               f"folder, or pass resume=True to continue it")
     differs = [f"{k}: {state['plan'].get(k)} saved, {v} now" for k, v in run.plan.items() if state["plan"].get(k) != v]
     if differs: raise ValueError(f"the run in {out} is not the one asked for: {'; '.join(differs)}. Choose another folder")
     run.plan, finished = state["plan"], state["status"] in ("finished", "stopped early")
-    if not finished: _check_exact(state, out, train)
+    if not finished: _check_exact(state, out, trainer)
     run.student.load_state_dict(state["student"])
     run.objective.load_state_dict(state["objective"])
     run.status, run.history, run.notes = state["status"] if finished else "running", state["history"], state["notes"]
     run.best, run.outputs, run._best_weights = state["best"], state["outputs"], _best_weights(out, state["best"])
     if finished: run.student.eval()
-    else:
-        optimizer.load_state_dict(state["loop"]["optimizer"])
-        if scheduler is not None: scheduler.load_state_dict(state["loop"]["scheduler"])
+    else: trainer.load_state(state["loop"])
 
-# %% ../nbs/api/04_distilling.ipynb #accaeed0
-def _check_exact(state:dict, out:Path, train)->None:
+# %% ../nbs/api/04_distilling.ipynb #2f0104d8
+def _check_exact(state:dict, out:Path, trainer:Trainer)->None:
     "Raise unless going on gives the run that was never cut off."
     if not state["loop"]:
         raise ValueError(f"the run in {out} was saved in the middle of an epoch and cannot be continued exactly. Continue the folder "
                          f"that kd.distill(..., out=...) wrote, or take its student, kd.load({str(out)!r}, unfinished=True)")
-    if state["plan"].get("train") not in (None, checkpoints.check_replay(train, state["plan"]["seed"])):
+    if state["plan"].get("train") not in (None, checkpoints.check_replay(trainer.train, state["plan"]["seed"], trainer.device)):
         raise ValueError(f"train does not begin as it did for the run in {out}: other data, another order or another batch size. "
                          f"Choose another folder")
 
-# %% ../nbs/api/04_distilling.ipynb #3fd04295
+# %% ../nbs/api/04_distilling.ipynb #2d7a2569
 def _bar(run:Run, train, progress:bool):
     "A progress bar over the batches that are left; it knows whether it is in a notebook."
     from tqdm.auto import tqdm
-    steps = len(train) if hasattr(train, "__len__") else None
-    what = "train" if run.teacher is None else "distil"
-    total = None if steps is None else steps * run.plan["epochs"]
-    return tqdm(total=total, initial=(steps or 0) * run.epoch, desc=what, disable=not progress, unit="batch",
-                dynamic_ncols=True)
+    what, total = "train" if run.teacher is None else "distil", steps_in(train)
+    return tqdm(total=None if total is None else total * run.plan["epochs"], desc=what, disable=not progress, unit="batch",
+                dynamic_ncols=True, delay=0.1)

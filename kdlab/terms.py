@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Seen', 'bound_names', 'Watched', 'Source', 'Answers', 'is_source', 'Term', 'label', 'named_terms', 'scheduled',
-           'has_unlabelled', 'weigh']
+           'has_unlabelled', 'couples', 'weigh', 'Batch', 'parts_of']
 
-# %% ../nbs/api/04_terms.ipynb #5f702b70
+# %% ../nbs/api/04_terms.ipynb #f399b2a9
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .calling import ask, frozen, move
+from .calling import ask, count, frozen, move
 from .losses import Loss, Objective
 from .losses.objective import Moving, numbers_that_move
+from .parallel import Team, gather
 from .taps import Taps, read
 
 # %% ../nbs/api/04_terms.ipynb #4e35c2ba
@@ -31,7 +32,7 @@ def bound_names(objective:Loss, side:str)->list[str]:
     found = [getattr(loss.bound, side) for _, loss in objective.terms() if loss.bound is not None]
     return list(dict.fromkeys(n for names in found if names is not None for n in ([names] if isinstance(names, str) else names)))
 
-# %% ../nbs/api/04_terms.ipynb #f57facd0
+# %% ../nbs/api/04_terms.ipynb #c77495ad
 class Watched:
     "A model that shows its logits and some of its layers; `close()` takes the taps out."
     def __init__(self,
@@ -40,8 +41,9 @@ class Watched:
         forward:Callable|None=None, # forward(model, x) -> logits
         *,
         teacher:bool=False, # frozen: eval mode, no gradients
+        compiled:Callable|None=None, # what to call in the model's place
     ):
-        ask_it = lambda model, x: ask(model, x, forward)
+        ask_it = lambda model, x: ask(compiled or model, x, forward)
         self.ask = frozen(model, ask_it) if teacher else lambda x: ask_it(model, x)
         self.teacher = teacher
         self.taps = Taps(model, names, copy=True) if names else None # copies: a network may write over its activations
@@ -132,7 +134,7 @@ def scheduled(objective:Objective)->dict[str, float]:
         for name, value in numbers_that_move(term.loss): found[f"{term.name} {name}"] = float(value)
     return found
 
-# %% ../nbs/api/04_terms.ipynb #7b5ade54
+# %% ../nbs/api/04_terms.ipynb #2338e87e
 def has_unlabelled(y:Tensor|None)->bool:
     "Is there a sample without a label?"
     return y is None or y.dim() == 1 and bool((y == -100).any())
@@ -145,50 +147,110 @@ def _labelled(unit:Loss, student, teacher, y, unlabelled:bool, options:dict)->Te
     if hard and y is not None: values.append(Objective(hard)(student, None, y, **options))
     return sum(values[1:], values[0]) if values else None
 
-# %% ../nbs/api/04_terms.ipynb #7de00901
-def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, unlabelled:bool, mask)->Tensor|None:
-    "The value of a unit, whose terms look where `loss` looks."
+def couples(loss:Loss)->bool:
+    "Does it, or a loss inside it, compare the samples of a batch with each other?"
+    return any(getattr(module, "couples", False) for module in loss.modules())
+
+def _counts_tokens(loss:Loss, student, mask)->bool:
+    "Is the mask over tokens one for this loss?"
+    return (mask is not None and loss.masks_tokens and isinstance(student, Tensor) and student.dim() == 3
+            and student.shape[:2] == mask.shape)
+
+def _of_all(student, teacher, y, mask, team:Team)->list:
+    "What a loss compares, with the samples of all processes; some may have no labels where others have."
+    if team.any(y is not None) and y is None:
+        first = student if isinstance(student, Tensor) else student[0]
+        y = torch.full((len(first),), -100, device=first.device)
+    return [gather(x, team) for x in (student, teacher, y, mask)]
+
+# %% ../nbs/api/04_terms.ipynb #07c58207
+def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, mask, team:Team|None)->Tensor|None:
+    "The value of a unit, whose terms look where `loss` looks; with the samples of a whole team, if it compares samples."
     at = loss.bound or (None, None)
     student, alone = ours.at(at[0]), loss.bound is not None and at[1] is None
     teacher = None if theirs is None or alone else theirs.at(at[1])
-    tokens = mask is not None and isinstance(student, Tensor) and student.dim() == 3 and student.shape[:2] == mask.shape
-    options = {"mask": mask.bool()} if tokens and loss.masks_tokens else {}
-    try: return _labelled(unit, student, teacher, y, unlabelled, options)
+    if team is not None and couples(loss): student, teacher, y, mask = _of_all(student, teacher, y, mask, team)
+    options = {"mask": mask.bool()} if _counts_tokens(loss, student, mask) else {}
+    try: return _labelled(unit, student, teacher, y, has_unlabelled(y), options)
     except (TypeError, ValueError) as e:
         if loss.bound is None: raise
         raise type(e)(f"{loss}: {e}") from None
 
-# %% ../nbs/api/04_terms.ipynb #d862b087
-def _units(objective:Objective)->list[tuple[Loss, list[Term]]]:
+# %% ../nbs/api/04_terms.ipynb #f80b7af3
+def _units(objective:Objective, shares:dict|None)->list[tuple[Loss, list[Term]]]:
     "What is computed together, and its terms: the row losses on the logits, and every other term alone."
     active = [term for term in named_terms(objective) if term.weight != 0]
     rows = [t for t in active if t.loss.bound is None and t.loss.role != "feature"]
-    if len(rows) < 2: return [(t.loss, [t]) for t in active]
+    apart = shares is not None and (len({shares.get(t.name) for t in rows}) > 1 or any(couples(t.loss) for t in rows))
+    if len(rows) < 2 or apart: return [(t.loss, [t]) for t in active]
     together = objective if len(rows) == len(active) else Objective([(t.weight, t.loss) for t in rows])
     return [(together, rows), *((t.loss, [t]) for t in active if t not in rows)]
 
-# %% ../nbs/api/04_terms.ipynb #08726add
+# %% ../nbs/api/04_terms.ipynb #f4f415e8
 def weigh(
     objective:Objective, # complete: see `kd.build`
     ours:Seen, # what the student showed
     theirs:Seen|None, # what the teacher showed, if there is one
     y:Tensor|None, # labels; -100 for a sample without
     mask:Tensor|None=None, # (B, N), the tokens that count
+    shares:dict|None=None, # of a part of a batch: what its mean counts in each term, by name; see `parts_of`
+    team:Team|None=None, # losses that compare samples get those of all its processes
 )->tuple[Tensor, dict[str, Tensor]]: # the loss, and the value of each of its terms: unweighted, detached
     "The objective on one batch, and what each term is worth. A term that needs labels and finds none is left out."
-    total, worth, units = [], {}, _units(objective)
+    total, worth, units = [], {}, _units(objective, shares)
     if not units: return objective(ours.logits, None if theirs is None else theirs.logits, y), {}
-    batch = ours, theirs, y, has_unlabelled(y), mask
+    batch, share = (ours, theirs, y, mask, team), (lambda term: 1.) if shares is None else lambda term: shares.get(term.name, 0.)
     for unit, terms in units:
         value = _worth(unit, terms[0].loss, *batch)
         if value is None: continue
         if unit is terms[0].loss: # a single term
-            total.append(terms[0].weight * value)
-            worth[terms[0].name] = value.detach()
+            total.append(terms[0].weight * share(terms[0]) * value)
+            worth[terms[0].name] = share(terms[0]) * value.detach()
             continue
-        total.append(value)
+        total.append(value if shares is None else share(terms[0]) * value)
         with torch.no_grad(): # what was computed together is computed once more to be told apart
             alone = {t.name: _worth(t.loss, t.loss, *batch) for t in terms}
-        worth |= {name: value for name, value in alone.items() if value is not None}
+        worth |= {t.name: share(t) * alone[t.name] for t in terms if alone[t.name] is not None}
+    if not total and shares: return ours.logits.sum() * 0, worth # this part has no labels; others have
     if not total: raise ValueError("a batch has samples without labels, and the objective has no soft term: add kd.SoftKL()")
     return sum(total[1:], total[0]), worth
+
+# %% ../nbs/api/04_terms.ipynb #8e4ffdb0
+class Batch(NamedTuple):
+    "A batch of a loader, on the device."
+    raw: object # as the loader gave it
+    x: object # inputs
+    y: Tensor|None # labels
+    mask: Tensor|None # (B, N), the tokens that count
+
+def _rows(loss:Loss, ours:Seen, first:Batch, batch:Batch)->float:
+    "What the mean of a term runs over in a batch; `ours` is what the student showed of the first one."
+    student, n, y = ours.at((loss.bound or (None,))[0]), count(batch.x), batch.y
+    tokens = _counts_tokens(loss, student, first.mask)
+    if loss.compares == "features": return float(batch.mask.sum()) if tokens else n
+    if loss.role != "hard" and has_unlabelled(y): # every row counts
+        places = student.numel() / max(1, len(student) * student.shape[getattr(loss, "dim", -1)]) if isinstance(student, Tensor) else 1
+        return float(batch.mask.sum()) if tokens else n * places
+    if y is None: return 0
+    if y.is_floating_point(): return n
+    valid = y != getattr(loss, "ignore_index", -100)
+    return float((valid & batch.mask.bool()).sum() if tokens and valid.shape == batch.mask.shape else valid.sum())
+
+# %% ../nbs/api/04_terms.ipynb #536ba55a
+def parts_of(
+    objective:Objective,
+    ours:Seen, # what the student showed of the first part
+    batches:list[Batch], # the parts of this process
+    team:Team, # the processes, each with as many parts
+    gathers:bool=False, # do losses that compare samples get those of all processes?
+)->tuple[list[dict[str, float]], int]: # of each part, what its mean counts in each term that has rows; samples of all parts
+    "How parts add up to a batch."
+    terms = [t for t in named_terms(objective) if t.weight != 0]
+    own = torch.tensor([[count(b.x), *(_rows(t.loss, ours, batches[0], b) for t in terms)] for b in batches], dtype=torch.float64)
+    every = team.sum(own) # parts x (samples, terms), of all processes
+    total, shares = every.sum(0), []
+    for mine, all_ in zip(own.tolist(), every.tolist()):
+        of = lambda i, t: (all_[i] / team.size if gathers and couples(t.loss) else mine[i]) / total[i].item()
+        is_sum = lambda t: getattr(t.loss, "reduction", "mean") == "sum"
+        shares.append({t.name: 1. if is_sum(t) else of(i, t) for i, t in enumerate(terms, 1) if total[i]})
+    return shares, int(total[0])

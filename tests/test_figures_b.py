@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdlab import functional
-from kdlab.figures import clinic, match, reliability, stored
+from kdlab.figures import clinic, distillery, match, reliability, stored
 
 
 def plain(fig):
@@ -207,3 +207,95 @@ def test_a_run_that_blew_up_is_drawn_with_gaps(charts):
     assert fig.data[5].y[3:] == (None,) * 5
     assert "to nan" in clinic.clinic_sentence(broken, 1, 0, range(5))
     plain(fig)
+
+
+# distillery
+
+@pytest.mark.parametrize("widths", [(2, 3), (2, 6, 2), (2, 5, 4, 3)])
+@pytest.mark.parametrize("T", [1.0, 4.0])
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_nets_gradient_is_that_of_finite_differences(widths, T, hard):
+    rng, c = np.random.RandomState(1), widths[-1]
+    theta, x = distillery.first_weights(widths, 2), rng.randn(6, 2)
+    targets = np.eye(c)[rng.randint(c, size=6)] if hard else rng.dirichlet(np.ones(c), 6)
+    at = lambda t: distillery.loss_and_gradient(t, widths, x, targets, T)[0]
+    numeric = [(at(theta + d) - at(theta - d)) / 2e-6 for d in 1e-6 * np.eye(len(theta))]
+    np.testing.assert_allclose(distillery.loss_and_gradient(theta, widths, x, targets, T)[1], numeric, atol=1e-7)
+
+
+def test_the_nets_loss_is_that_of_the_library():
+    rng, widths = np.random.RandomState(0), (2, 8, 3)
+    theta, x, t = distillery.first_weights(widths, 0), rng.randn(9, 2), rng.randn(9, 3)
+    p = np.exp(t / 4) / np.exp(t / 4).sum(1, keepdims=True)
+    z = distillery.forward(theta, widths, x)[-1]
+    library = functional.forward_kl(torch.tensor(z), torch.tensor(t), T=4.0)
+    assert np.isclose(distillery.loss_and_gradient(theta, widths, x, p, 4.0)[0], float(library))
+
+
+@pytest.mark.parametrize("name, classes", [*zip(distillery.DATA, (2, 2, 3, 2))])
+def test_points_are_balanced_inside_the_plane_and_learnable(name, classes):
+    x, y = distillery.make_points(name, 300, 0.1, np.random.RandomState(0))
+    assert np.bincount(y).tolist() == [300 // classes] * classes
+    assert np.abs(x).max() < distillery.REACH
+    world = distillery.make_world(name, noise=0.05)
+    assert world["teacher"].right(*world["test"]) > 90
+
+
+def test_students_start_equal_and_training_in_parts_is_training_at_once():
+    world = distillery.make_world()
+    race, whole = (distillery.Race(world, labels=2, unlabelled=30) for _ in range(2))
+    assert (race.students[0].theta == race.students[1].theta).all()
+    race.to(20).to(50)
+    whole.to(50)
+    assert race.history == whole.history and (race.students[1].theta == whole.students[1].theta).all()
+    with pytest.raises(ValueError, match="at step 50 already"):
+        race.to(10)
+
+
+def test_who_learns_from_what():
+    world = distillery.make_world("three spirals", seed=3)
+    race = distillery.Race(world, labels=4, unlabelled=25, T=2.0)
+    x, y = world["pool"]
+    hard, distilled = race.students
+    assert np.bincount(y[race.rows]).tolist() == [4, 4, 4] and not set(race.rows) & set(race.more)
+    assert (hard.x == x[race.rows]).all() and (hard.targets.argmax(1) == y[race.rows]).all() and hard.T == 1
+    teacher = world["teacher"].logits(distilled.x) / 2
+    assert len(distilled.x) == 12 + 25 and np.allclose(np.log(distilled.targets) - teacher,
+                                                       (np.log(distilled.targets) - teacher)[:, :1])
+
+
+def test_the_field_says_class_and_certainty():
+    world = distillery.make_world()
+    z = distillery.field(world["teacher"], 2)
+    p = world["teacher"].logits(np.array([[distillery.GRID[5], distillery.GRID[30]]]))
+    assert int(z[30, 5]) == p.argmax() and z.min() >= 0.01 and z.max() <= 1.99
+
+
+def test_race_figure_shows_the_race():
+    race = distillery.Race(distillery.make_world("rings"), unlabelled=10).to(20)
+    fig = distillery.race_figure(race, ["in", "out"])
+    assert fig.data[8].y == tuple(h[1] for h in race.history) and len(fig.data[5].x) == 10
+    assert set(fig.data[4].marker.symbol) == {"circle", "x"} and fig.data[-1].name == "out"
+    plain(fig)
+
+
+def test_a_higher_temperature_makes_the_asked_points_lighter():
+    world = distillery.make_world()
+    light = [np.mean([int(c[4:-1].split(",")[0]) for c in distillery.race_figure(race).data[5].marker.color])
+             for race in (distillery.Race(world, T=T) for T in (1.0, 4.0, 16.0))]
+    assert light[0] < light[1] < light[2]
+
+
+@pytest.mark.parametrize("x, y, message", [
+    (np.zeros((20, 3)), [0] * 20, r"shape \(N, 2\), ten or more; got float64 \(20, 3\)"),
+    (np.zeros((5, 2)), [0] * 5, "ten or more"),
+    (np.full((20, 2), np.nan), [0] * 20, "points hold NaN"),
+    (np.zeros((20, 2)), None, "labels must hold the class"),
+    (np.zeros((20, 2)), [0] * 20, "got 1 classes from 0 to 0"),
+    (np.zeros((2000, 2)), np.arange(2000) % 1000, "got 1000 classes"),
+    (np.zeros((20, 2)), [0, 2] * 10, "each of them there; got 2 classes from 0 to 2"),
+    (np.zeros((20, 2)), [0.5] * 20, "labels must be whole numbers"),
+])
+def test_points_that_do_not_fit_say_what_to_give(x, y, message):
+    with pytest.raises(ValueError, match=message):
+        distillery.check_points(x, y)

@@ -1,4 +1,5 @@
-"""Reliability, layer match, bug clinic and distillery without a browser: data, one message, state, text, code, errors."""
+"""Reliability, layer match, bug clinic and distillery without a browser: data, messages, state, text, code, errors."""
+import asyncio
 import json
 
 import numpy as np
@@ -7,17 +8,23 @@ import pytest
 from kdlab.figures import stored
 from kdlab.widgets.challenge import Challenge
 from kdlab.widgets.clinic import BugClinic
+from kdlab.widgets.distillery import Distillery
 from kdlab.widgets.match import LayerMatch
 from kdlab.widgets.reliability import Reliability
 
-VIEWS = {"reliability": Reliability, "match": LayerMatch, "clinic": BugClinic}
+VIEWS = {"reliability": Reliability, "match": LayerMatch, "clinic": BugClinic,
+         "distillery": Distillery}
 CHANGES = [  # a control, and a value that it does not have at birth
     ("reliability", "model", 2), ("reliability", "step", 2), ("reliability", "seed", 3), ("reliability", "bins", 20),
     ("reliability", "T", 2.0), ("reliability", "equal_mass", True),
-    ("match", "hint", True), ("match", "step", 1), ("match", "seed", 2), ("match", "teacher", 0), ("match", "student", 2),
+    ("match", "hint", True), ("match", "step", 1), ("match", "seed", 2), ("match", "teacher", 0),
+    ("match", "student", 2),
     ("match", "klass", 3), ("match", "example", 9),
     ("clinic", "case", 3), ("clinic", "seed", 2), ("clinic", "loss", True), ("clinic", "gradient", True),
     ("clinic", "teacher", True), ("clinic", "buffers", True), ("clinic", "guess", 4),
+    ("distillery", "data", "rings"), ("distillery", "noise", 0.3), ("distillery", "labels", 10),
+    ("distillery", "T", 1.0), ("distillery", "unlabelled", 10), ("distillery", "width", 4), ("distillery", "teacher_width", 4),
+    ("distillery", "seed", 3), ("distillery", "step", 30),
 ]
 
 
@@ -288,6 +295,81 @@ def test_a_clinic_of_own_runs():
 def test_the_clinic_says_what_to_give(args, message):
     with pytest.raises(ValueError, match=message):
         BugClinic(*args)
+
+
+# distillery
+
+@pytest.mark.parametrize("state", [dict(step=40), dict(data="three spirals", labels=5, T=2.0, seed=4, step=25),
+                                   dict(data="rings", noise=0.3, unlabelled=0, width=4, teacher_width=8, step=10)])
+def test_code_of_the_distillery(made, state):
+    view = made["distillery"]
+    view.assign(**state)
+    space = {}
+    exec(view.code(), space)
+    assert np.isclose(space["hard"], view.fig.data[8].y[-1]) and np.isclose(space["distilled"], view.fig.data[9].y[-1])
+    assert f"teacher has {space['teacher']:.1f}%" in view.panel.text
+    view.reset()
+
+
+def test_a_change_starts_a_new_race_and_steps_go_on(made):
+    view = made["distillery"]
+    view.panel._handle_custom_msg({"type": "press", "name": "one"}, [])
+    view.panel._handle_custom_msg({"type": "press", "name": "one"}, [])
+    race = view._race[1]
+    assert view.step == 20 and [h[0] for h in race.history] == [0, 10, 20]
+    view.step = 30
+    assert view._race[1] is race
+    view.labels = 5
+    assert view.step == 0 and view._race[1] is not race
+    view.step = 40
+    view.panel._handle_custom_msg({"type": "press", "name": "again"}, [])
+    assert view.step == 0 and "after 0 steps" in view.panel.text
+    view.reset()
+
+
+def test_training_is_heard_between_its_steps_and_can_be_stopped():
+    async def use():
+        view, seen = Distillery(), []
+        view.panel.observe(lambda change: seen.append(change["new"]), "busy")
+        view.panel._handle_custom_msg({"type": "press", "name": "train"}, [])
+        while view.step < 30:
+            await asyncio.sleep(0.001)
+        assert view.panel.busy.startswith("training: step")
+        view.panel.values = view.panel.values | {"seed": 1}  # another race, and it goes on
+        while view.step < 20 or view.seed != 1:
+            await asyncio.sleep(0.001)
+        view.panel._handle_custom_msg({"type": "stop"}, [])
+        await view._work.task
+        assert view.panel.busy == "" and 20 <= view.step < 300 and view.panel.error == ""
+        return seen
+    assert len(asyncio.run(use())) > 3
+
+
+def test_training_runs_to_the_end_and_again():
+    view = Distillery()
+    view.press("train")
+    assert view.step == 300 and view.panel.busy == "" and len(view.fig.data[8].x) == 31
+    before = view.panel.text
+    view.press("train")  # from the start
+    assert view.panel.text == before
+    view.step = 999
+    assert view.panel.error == "step must lie in 0..300, got 999"
+
+
+def test_a_distillery_of_own_points():
+    rng = np.random.RandomState(0)
+    x = 50 + 20 * rng.randn(120, 2)
+    y = (x[:, 0] > 50).astype(int)
+    view = Distillery(x, y, class_names=["low", "high"])
+    assert view.panel.error == "" and not {"data", "noise"} & set(view.panel.values)
+    view.step = 20
+    space = dict(points=x, labels=y)
+    exec(view.code(), space)
+    assert np.isclose(space["distilled"], view.fig.data[9].y[-1]) and view.fig.data[-1].name == "high"
+    view.seed = 3
+    assert view.panel.error == ""
+    with pytest.raises(ValueError, match="class_names must hold 2 names"):
+        Distillery(x, y, class_names=["one"])
 
 
 def test_the_stored_runs_have_what_the_views_show():

@@ -144,13 +144,14 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
                          f"teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #9a7c41bc
+# %% ../../nbs/api/losses/01_objective.ipynb #9216d2b6
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
     compares = "logits" # or features: what it gets from `kd.distill` while it is bound to nothing; features must be bound
     masks_tokens = True # does it take a mask (B, N) for tensors (B, N, D)?
     several = False # does it take tuples of outputs? A list of names is then one input, not several pairs
+    couples = False # does it compare the samples of a batch with each other?
 
     def on(self,
         layers:str|list[str]|None=None, # names of layers in both models

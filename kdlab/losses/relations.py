@@ -14,9 +14,11 @@ from ..functional.contract import check_positive, check_weight
 from .features import FeatureLoss
 from .objective import Number, Part, check_temperature, live, shown
 
-# %% ../../nbs/api/losses/04_relations.ipynb #5c1f8cba
+# %% ../../nbs/api/losses/04_relations.ipynb #d87daa2b
 class RelationLoss(FeatureLoss):
     "A loss on the relations between the samples of a batch; called as `(student, teacher, target=None, *, mask)`."
+    couples = True
+
     def __init__(self,
         *,
         reduction:str="mean", # mean; none and sum raise, because no value belongs to one sample
