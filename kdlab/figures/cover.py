@@ -167,7 +167,7 @@ def cover_figure(
         xaxis2=dict(domain=[0.64, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.57, 1], anchor="x2", **path),
         xaxis3=dict(domain=[0.64, 1], anchor="y3", title_text="step", **steps),
         yaxis3=dict(domain=[0, 0.43], anchor="x3", **path))
-    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: the mean from every start": (0.64, 1.02),
+    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (0.64, 1.02),
               "Reverse KL": (0.64, 0.45)}
     legend = dict(x=0.52, xanchor="right", y=1, yanchor="top", font_size=15)
     return go.Figure([*_densities(now, start), *_paths(now, start)],
