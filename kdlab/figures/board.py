@@ -13,7 +13,7 @@ from .balance import hard_gradient, soft_gradient
 from .kit import (HATCH, INK, check_index, class_axis, interval, layout, log_softmax, ranking, seed_band,
                                series)
 
-# %% ../../nbs/api/figures/11_board.ipynb #e0eab3e3
+# %% ../../nbs/api/figures/11_board.ipynb #ed754e84
 def _percent(part, other): return 100 * part / (part + other) if part + other > 0 else 0.0
 
 
@@ -24,7 +24,7 @@ def board_numbers(
     alpha:float=0.5,  # weight of the labels' cross-entropy, in [0, 1]; the soft loss has 1 - alpha
     T:float=4.0,  # temperature > 0
 ) -> dict:
-    "Weighted terms `hard` and `soft`, what they push, the soft one's shares in percent, and the pushes' `cosine`."
+    "Weighted terms `hard` and `soft`, what they push, shares of the soft one in percent, `cosine` of the pushes."
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0..1, got {alpha}")
     teacher, student = (np.asarray(z, dtype=np.float64) for z in (teacher, student))
@@ -38,7 +38,7 @@ def board_numbers(
     cosine = float(pushes[0] @ pushes[1] / (size[0] * size[1])) if min(size) > 0 else 0.0
     return dict(alpha=alpha, T=T, hard=alpha * hard, soft=(1 - alpha) * soft, cosine=cosine,
                 push_hard=alpha * pushes[0], push_soft=(1 - alpha) * pushes[1],
-                loss_share=_percent((1 - alpha) * soft, alpha * hard),
+                reach=max(np.abs(v).max() for v in pushes), loss_share=_percent((1 - alpha) * soft, alpha * hard),
                 push_share=_percent((1 - alpha) * size[1], alpha * size[0]))
 
 # %% ../../nbs/api/figures/11_board.ipynb #7a05b290
@@ -128,7 +128,7 @@ def _right(scores, alphas, temperatures):
         xaxis4=dict(domain=[0.54, 1], anchor="y4", title_text="temperature T", **ticks),
         yaxis4=dict(domain=[0, 0.28], anchor="x4", range=[low - gap, high + gap], title_text="accuracy, %", nticks=5))
 
-# %% ../../nbs/api/figures/11_board.ipynb #f2354f32
+# %% ../../nbs/api/figures/11_board.ipynb #8f2e256d
 def board_figure(
     now:dict,  # from `board_numbers`
     label:int,
@@ -143,7 +143,7 @@ def board_figure(
     names = [str(k) for k in range(c)] if class_names is None else list(class_names)
     size = np.abs(now["push_hard"]) + np.abs(now["push_soft"])
     shown = list(range(c)) if c <= 20 else sorted({label, *ranking(size)[:12].tolist()})
-    reach = 1.15 * max(size.max(), 0.05)
+    reach = 1.15 * max(now["reach"], 0.05)  # the same for every alpha
     titles = {"Which signal?": (0.03, 1.02), f"Push on each logit (label {names[label]})": (0.03, 0.52)}
     traces = [*_stacks(now), *_pushes(now, shown)]
     parts = _left([names[k] for k in shown], reach, 1 if scores is None else 0.44)

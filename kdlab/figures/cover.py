@@ -48,7 +48,7 @@ def divergences(
     "`forward` and `reverse` KL of each student, (S,)."
     return dict(forward=(np.exp(log_p) * (log_p - log_q)).sum(-1), reverse=(np.exp(log_q) * (log_q - log_p)).sum(-1))
 
-# %% ../../nbs/api/figures/14_cover.ipynb #b18abb34
+# %% ../../nbs/api/figures/14_cover.ipynb #28b47095
 def slopes(
     x,  # (G,)
     log_p,  # (G,)
@@ -78,6 +78,9 @@ def descend(
         sigma = np.exp(log_sigma)
         path.append((mu, sigma))
         d_mu, d_log = slopes(x, log_p, mu, sigma, loss)
+        if max(np.abs(sigma * d_mu).max(), np.abs(d_log).max()) < 1e-9:  # all have arrived
+            path += [path[-1]] * (STEPS + 1 - len(path))
+            break
         mu = np.clip(mu - RATE * sigma**2 * d_mu, x[0], x[-1])
         log_sigma = np.maximum(log_sigma - np.clip(RATE * d_log / 2, -0.2, 0.2), np.log(least))  # no wild steps
     return dict(zip(("mu", "sigma"), np.swapaxes(path, 0, 1)))
@@ -116,7 +119,7 @@ def valley(
     "The student's mass in percent where the teacher's density is below a tenth of its highest."
     return 100 * float(q[log_p < log_p.max() + np.log(0.1)].sum())
 
-# %% ../../nbs/api/figures/14_cover.ipynb #55a07556
+# %% ../../nbs/api/figures/14_cover.ipynb #0d786612
 def _densities(now, start):
     "Teacher, and the two students that began at this start."
     x, step = now["x"].tolist(), now["x"][1] - now["x"][0]
@@ -132,14 +135,16 @@ def _densities(now, start):
 def _paths(now, start):
     "Where the mean goes, step by step, from every start; the chosen one is strong."
     out, steps = [], np.unique(np.geomspace(1, STEPS + 1, 40).astype(int))
+    rest, dots = [s for s in range(len(now["starts"])) if s != start], np.eye(len(steps) + 1)[0]
     for name, i, k in (("forward", 1, "2"), ("reverse", 2, "3")):
-        for s in [*(j for j in range(len(now["starts"])) if j != start), start]:
-            strong, color = s == start, series(i)["color"]
-            out.append(dict(type="scatter", mode="lines+markers", x=steps.tolist(), showlegend=False,
-                            y=now[name]["mu"][steps - 1, s].round(3).tolist(), xaxis=f"x{k}", yaxis=f"y{k}", hoverinfo="skip",
-                            line=dict(color=color if strong else fade(color, 0.45), width=4 if strong else 2,
-                                      dash=series(i)["dash"] if strong else "solid"),
-                            marker=dict(size=[11 if strong else 6] + [0] * (len(steps) - 1), color=color)))
+        mu, look = now[name]["mu"][steps - 1].round(3).T.tolist(), series(i)
+        soft, on = fade(look["color"], 0.6), dict(xaxis=f"x{k}", yaxis=f"y{k}", hoverinfo="skip", showlegend=False)
+        out.append(dict(type="scatter", mode="lines+markers", x=[*steps.tolist(), None] * len(rest), **on,
+                        y=[v for s in rest for v in (*mu[s], None)], line=dict(color=soft, width=2),
+                        marker=dict(color=soft, size=np.tile(6 * dots, len(rest)).tolist())))
+        out.append(dict(type="scatter", mode="lines+markers", x=steps.tolist(), y=mu[start], **on,
+                        line=dict(color=look["color"], width=4, dash=look["dash"]),
+                        marker=dict(color=look["color"], size=(11 * dots[:-1]).tolist())))
     return out
 
 # %% ../../nbs/api/figures/14_cover.ipynb #948e0b2f
@@ -162,13 +167,13 @@ def cover_figure(
         xaxis2=dict(domain=[0.64, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.57, 1], anchor="x2", **path),
         xaxis3=dict(domain=[0.64, 1], anchor="y3", title_text="step", **steps),
         yaxis3=dict(domain=[0, 0.43], anchor="x3", **path))
-    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: the mean from every start": (0.64, 1.02),
+    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (0.64, 1.02),
               "Reverse KL": (0.64, 0.45)}
     legend = dict(x=0.52, xanchor="right", y=1, yanchor="top", font_size=15)
     return go.Figure([*_densities(now, start), *_paths(now, start)],
                      layout(500, titles, showlegend=True, legend=legend, **parts))
 
-# %% ../../nbs/api/figures/14_cover.ipynb #a37a2e85
+# %% ../../nbs/api/figures/14_cover.ipynb #2cd67b71
 def cover_sentence(now:dict, start:int=0) -> str:
     "What the figure shows, in one sentence."
     say, start = [], check_index(start, len(now["starts"]), "start")
@@ -176,6 +181,6 @@ def cover_sentence(now:dict, start:int=0) -> str:
         end, n = now[name], now[name]["places"]
         stray = valley(end["q"][start], now["log_p"])
         say.append(f"{name} KL ends at mean {end['mu'][-1, start]:.1f}, width {end['sigma'][-1, start]:.1f}, loss "
-                   f"{end['ends'][name][start]:.2f}, {stray:.0f}% of it where the teacher has little "
+                   f"{end['ends'][name][start]:.2f}, and {stray:.0f}% of its mass where the teacher has little "
                    f"({len(now['starts'])} starts, {n} end{'' if n == 1 else 's'})")
     return f"From {now['starts'][start]:g}, " + "; ".join(say) + "."

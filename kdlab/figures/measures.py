@@ -110,13 +110,13 @@ def agreement_figure(
                                     xaxis=dict(title_text="confidence of the teacher", domain=[0, 0.6], **unit),
                                     yaxis=dict(title_text="confidence of the student", **unit)))
 
-# %% ../../nbs/api/figures/30_measures.ipynb #656a94f2
+# %% ../../nbs/api/figures/30_measures.ipynb #d3e26268
 def agreement_sentence(agree, teacher, student) -> str:
     "What the figure of the agreement shows."
     agree = np.asarray(agree, bool)
     sure = int((~agree & (np.minimum(teacher, student) > 0.8)).sum())
     return (f"They choose the same class for {100 * agree.mean():.1f}% of {len(agree)} samples; "
-            f"in {sure} of the other{'s' * (sure != 1)} both are more than 80% sure of different classes.")
+            f"in {sure} of the others both are more than 80% sure of different classes.")
 
 # %% ../../nbs/api/figures/30_measures.ipynb #b0183336
 def _reliability(now, axis, who):

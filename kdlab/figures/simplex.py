@@ -75,7 +75,7 @@ def walk(
         z = z - RATE * logit_gradient(name, p, q)
     return np.array(out)
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #d7640556
+# %% ../../nbs/api/figures/13_simplex.ipynb #74187a81
 LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
@@ -100,7 +100,7 @@ def weights(
 def level_lines(
     name:str,
     p,  # (3,)
-    rays:int=120,
+    rays:int=90,
 ) -> tuple[np.ndarray, np.ndarray]:  # (levels, rays + 3, 3), (levels, rays + 3)
     "Points of the line of each of `LEVELS`, and which of them lie on the edge of the triangle."
     centre = np.eye(3)[0] if name == "cross-entropy" else np.asarray(p, dtype=np.float64)
@@ -148,11 +148,11 @@ def _frame(names):
             look | dict(mode="text", x=[0, 1, 0.5], y=[-0.02, -0.02, np.sqrt(3) / 2 + 0.02], text=words,
                         textfont=dict(size=16, color=INK), textposition=["bottom center"] * 2 + ["top center"])]
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #7163c9bb
+# %% ../../nbs/api/figures/13_simplex.ipynb #680e7b71
 def _walks(walks, chosen):
     "The way of each loss in the triangle, and what is left of it step by step; the chosen one is strong."
-    out, order = [], [*(k for k in range(len(LOSSES)) if k != chosen), chosen]
-    for k in order:
+    out = []
+    for k in range(len(LOSSES)):
         look, strong = series(k), k == chosen
         color = look["color"] if strong else fade(look["color"], 0.8)
         line = dict(color=color, dash=look["dash"], width=4 if strong else 2)
@@ -160,8 +160,8 @@ def _walks(walks, chosen):
         size = [0] * STEPS + [13 if strong else 8]
         out.append(dict(type="scatter", mode="lines+markers", x=xy[:, 0].tolist(), y=xy[:, 1].tolist(), line=line,
                         marker=dict(color=color, symbol=look["symbol"], size=size), hoverinfo="skip", showlegend=False))
-        out.append(dict(type="scatter", mode="lines", name=LOSSES[k], x=list(range(STEPS + 1)), legendrank=k,
-                        y=walks[k]["left"].round(2).tolist(), xaxis="x2", yaxis="y2", line=line,
+        out.append(dict(type="scatter", mode="lines", name=LOSSES[k], x=list(range(STEPS + 1)),
+                        y=walks[k]["left"].round(1).tolist(), xaxis="x2", yaxis="y2", line=line,
                         hovertemplate=f"{LOSSES[k]}: %{{y:.1f}}%<extra></extra>"))
     return out
 

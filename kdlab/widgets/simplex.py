@@ -32,7 +32,7 @@ for step in range({steps}):
 apart = np.abs(path[-1] - p).sum() / 2
 """
 
-# %% ../../nbs/api/widgets/13_simplex.ipynb #f0788350
+# %% ../../nbs/api/widgets/13_simplex.ipynb #ca0fb0a8
 _STOPS = [0.01, 0.02, *(round(0.05 * k, 2) for k in range(1, 20)), 0.98, 0.99]
 
 
@@ -43,11 +43,13 @@ class _Points(KDWidget):
     student_first, student_split = Float(0.02).tag(kd=True), Float(0.98).tag(kd=True)
     own, _POINTS = None, ("teacher_first", "teacher_split", "student_first", "student_split")
 
-    _controls = [figures.choice("loss", "Loss", range(len(LOSSES)), LOSSES),
-                 figures.slider("teacher_first", "Teacher: label", _STOPS),
-                 figures.slider("teacher_split", "Teacher: second of the rest", _STOPS),
-                 figures.slider("student_first", "Student: label", _STOPS),
-                 figures.slider("student_split", "Student: second of the rest", _STOPS)]
+    def controls(self, **state):
+        first, second = self.names[:2] if self.own is None else ("the label", "the right corner")
+        given = [] if self.own is None else [figures.slider("example", "Example", range(len(self.own[2])))]
+        return given + [
+            figures.choice("loss", "Loss", range(len(LOSSES)), LOSSES),
+            *(figures.slider(f"{who.lower()}_{part}", f"{who}: {words}", _STOPS) for who in ("Teacher", "Student")
+              for part, words in (("first", first), ("split", f"{second}'s part of the rest")))]
 
     def corners(self, example):
         "The three classes of an example of the reader's own, with teacher and student among them."
@@ -74,7 +76,7 @@ class _Points(KDWidget):
             refresh(self)
         self.assign(**state)
 
-# %% ../../nbs/api/widgets/13_simplex.ipynb #03ee7d30
+# %% ../../nbs/api/widgets/13_simplex.ipynb #82005daf
 class Simplex(_Points):
     "Teacher and student as points of a triangle: the landscape of each loss, and the way down in it."
     title = "Simplex"
@@ -92,10 +94,9 @@ class Simplex(_Points):
         c, start = 3, {}
         if teacher_logits is not None:
             self.own = figures.check_both(teacher_logits, student_logits, labels)
-            n, c = self.own[0].shape
+            c = self.own[0].shape[1]
             if c < 3:
                 raise ValueError(f"the triangle needs at least three classes, got logits of shape {self.own[0].shape}")
-            self._controls = [figures.slider("example", "Example", range(n)), *self._controls]
             start = self.own_points(0)
         self.names = figures.check_names("ABC" if class_names is None and self.own is None else class_names, c)
         super().__init__(hide, **start)
