@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import kdlab as kd
 from kdlab import costs, measures
 from kdlab.gaps import Gap
+from kdlab.terms import Source
 
 
 class Table(nn.Module):
@@ -517,6 +518,26 @@ def test_dense_logits_with_classes_first():
     with pytest.raises(ValueError, match=r"movedim\(1, -1\)"): kd.gap(net, net, [(x, y)], latency=False)
     g = kd.gap(net, net, [(x, y)], latency=False, forward=lambda model, x: model(x).movedim(1, -1))
     assert g.n == 120 and g.summary()["accuracy"]["teacher"][0] == pytest.approx(float((net(x).argmax(1) == y).double().mean()))
+
+
+def test_teachers_that_are_no_single_module(tmp_path):
+    "Several teachers and stored answers, as kd.distill takes them."
+    from kdlab.schemes.teachers import Teachers
+    torch.manual_seed(0)
+    student, one, two = Conv(4), Conv(8), Conv(8)
+    several = Teachers([one, two], T=1., **FIRST)
+    g = kd.gap(student, several, images(shuffle=True), **FIRST)
+    with torch.no_grad():
+        x = images().dataset.tensors[0]
+        p = sum(net.eval()(x)[0].double().softmax(-1) for net in (one, two)) / 2
+    np.testing.assert_allclose(g.teacher.confidence, p.max(-1).values[g.ids], rtol=1e-5)
+    assert g.cka is None and any("no single module" in note for note in g.notes) and "parameters" not in g.summary()
+    assert g.teacher.name == several.about and "Gap: Conv against" in repr(g)
+
+    class Few(Source):
+        def answer(self, batch, x, y): return torch.zeros(len(x), 2), torch.zeros(len(x), 2, dtype=torch.long)
+
+    with pytest.raises(ValueError, match="stores its top classes only"): kd.gap(student, Few(), images(), **FIRST)
 
 
 # costs
