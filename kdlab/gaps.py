@@ -121,12 +121,15 @@ def _batches(loader)->Iterable[tuple]: # batches, each with the positions of its
                        **{name: getattr(loader, name) for name in same})
     yield from zip(again, order, strict=True)
 
-# %% ../nbs/api/08_gaps.ipynb #2183fc5d
+# %% ../nbs/api/08_gaps.ipynb #a0a56207
 def _ids(batch, rows, n:int, before:int)->list:
     "Names of the samples of a batch."
     if isinstance(batch, Mapping):
         found = next((batch[k] for k in ("id", "ids", "index") if k in batch), None)
-        if found is not None: return found.tolist() if isinstance(found, Tensor) else list(found)
+        if found is not None:
+            found = found.tolist() if isinstance(found, Tensor) else list(found)
+            if len(found) != n: raise ValueError(f"a batch of {n} samples came with {len(found)} ids: it needs one for each")
+            return found
     return list(rows) if rows is not None and len(rows) == n else list(range(before, before + n))
 
 # %% ../nbs/api/08_gaps.ipynb #c1d2a22f
@@ -139,7 +142,7 @@ def _alike(x:Tensor)->Tensor:
         k = x @ x.mT
         return torch.where(k.trace() > 1e-12 * len(x) * middle.square().sum(), k, 0.) # what is left of a constant is rounding
 
-# %% ../nbs/api/08_gaps.ipynb #99554646
+# %% ../nbs/api/08_gaps.ipynb #981a59fd
 class _Eyes:
     "The layers of a model that are looked at while it runs."
     def __init__(self, model, names, x, forward):
@@ -174,7 +177,7 @@ class _Eyes:
 
     def _read(self, name)->np.ndarray:
         k = self.taps[name]
-        if k.numel(): return k.double().cpu().numpy()
+        if k.numel(): return k.cpu().double().numpy()
         raise ValueError(f"layer {name!r} does not return floating-point features (B, ...) of the {self.n} samples of the batch; "
                          f"kd.layers(model, x) shows what it returns")
 
@@ -241,7 +244,7 @@ def _write(path:Path, arrays:dict)->None:
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/api/08_gaps.ipynb #269b0c9b
+# %% ../nbs/api/08_gaps.ipynb #8264f1e1
 class _Stored(_Data):
     "Saving and loading."
     def save(self, path:str|Path)->Path: # the file
@@ -264,7 +267,8 @@ class _Stored(_Data):
         if fields.pop("format", None) != _FORMAT: raise ValueError(f"{path} is not a gap of kdlab ({_FORMAT!r})")
         sides = {who: {k.partition(".")[2]: fields.pop(k) for k in list(fields) if k.startswith(f"{who}.")}
                  for who in ("student", "teacher")}
-        return cls(**fields, **{who: Side(**side) for who, side in sides.items()})
+        try: return cls(**fields, **{who: Side(**side) for who, side in sides.items()})
+        except TypeError as e: raise ValueError(f"{path} is not whole: {e}") from None
 
 # %% ../nbs/api/08_gaps.ipynb #5d99e637
 class _Measures(_Stored):

@@ -427,6 +427,11 @@ def test_ids_of_other_loaders(pair):
     assert measure(zs, zt, loader=DataLoader(TensorDataset(torch.arange(40)), 16, drop_last=True)).n == 32
 
 
+def test_ids_must_fit(pair):
+    with pytest.raises(ValueError, match="a batch of 4 samples came with 3 ids"):
+        measure(*pair, loader=[{"x": torch.arange(4), "ids": ["a", "b", "c"]}])
+
+
 def test_nothing_is_disturbed():
     torch.manual_seed(0)
     student, teacher = Conv(), Conv()
@@ -600,6 +605,9 @@ def test_what_is_no_gap_is_refused(pair, tmp_path):
     for name in ("text", "other", "pickle"):
         with pytest.raises(ValueError, match="gap"): Gap.load(tmp_path / f"{name}.npz")
     good = measure(*pair).save(tmp_path / "good.npz").read_bytes()
+    fields = dict(np.load(tmp_path / "good.npz"))
+    np.savez(tmp_path / "less.npz", **{k: v for k, v in fields.items() if k != "kl"})
+    with pytest.raises(ValueError, match="less.npz is not whole.*kl"): Gap.load(tmp_path / "less.npz")
     (tmp_path / "half.npz").write_bytes(good[:len(good) // 2])
     with pytest.raises(ValueError, match="cannot be read as a gap"): Gap.load(tmp_path / "half.npz")
 
