@@ -36,6 +36,8 @@ gallery: $(VENV)/.built  ## every widget as a page that opens from disk, in gall
 
 bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compile
 	@$(BIN)/python benchmarks/soft_kl.py
+	@$(BIN)/python benchmarks/linear.py
+	@$(BIN)/python benchmarks/features.py
 
 gpu: $(VENV)/.built  ## on a machine with a GPU: test, sanitize and time the CUDA kernels
 	@$(BIN)/python benchmarks/gpu.py

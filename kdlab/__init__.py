@@ -34,9 +34,10 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #f508111f
+# %% ../nbs/api/00_kdlab.ipynb #2ab3650c
 _HOMES |= {
     "kdlab.distilling": "distill Run load predict",
+    "kdlab.logs": "tensorboard",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
     "kdlab.adapters": "Projector build reuse",

@@ -104,14 +104,15 @@ def _disagreements(gap:Gap, images)->str:
                  "Below the diagonal the teacher is surer of the true class than the student is. The numbers are ids of samples." + part,
                  [kit.choice("which", "Examples", CHOICES)], {"which": "all"}, states)
 
-# %% ../nbs/api/11_gap_reports.ipynb #52f1f323
+# %% ../nbs/api/11_gap_reports.ipynb #966c3c13
 def _blocks(gap:Gap, images)->list[str]:
     "The figures that this gap has."
     out, names = [], gap.classes
     if gap.labelled.any():
         parts, both = gap.per_class(), [gap.calibration(who) for who in ("teacher", "student")]
         out += [block("Class by class", class_figure(parts, names), class_sentence(parts, names),
-                      "In brackets: samples. Whiskers: 95% intervals. Diamonds: differences whose interval leaves zero out."),
+                      "In brackets: samples. Whiskers: 95% intervals. Diamonds: differences whose interval leaves zero out; "
+                      "of twenty intervals one is off by chance."),
                 _disagreements(gap, images),
                 block("Does it know when it does not know?", calibration_figure(*both), calibration_sentence(*both),
                       "Dotted: an honest model. Hatched bins said more than they had right. Whiskers: 95% intervals.")]

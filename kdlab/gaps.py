@@ -128,14 +128,15 @@ def _ids(batch, rows, n:int, before:int)->list:
         if found is not None: return found.tolist() if isinstance(found, Tensor) else list(found)
     return list(rows) if rows is not None and len(rows) == n else list(range(before, before + n))
 
-# %% ../nbs/api/08_gaps.ipynb #238e46df
+# %% ../nbs/api/08_gaps.ipynb #c1d2a22f
 def _alike(x:Tensor)->Tensor:
     "Similarities (B, B) of the samples of a batch, from features (B, ...); 0 where all samples are the same."
     x = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     with torch.autocast(x.device.type, enabled=False):
         middle = x.mean(0, keepdim=True)
-        x = torch.where((x - middle).abs() > 1e-6 * middle.abs(), x - middle, 0.)
-        return x @ x.mT
+        x = x - middle
+        k = x @ x.mT
+        return torch.where(k.trace() > 1e-12 * len(x) * middle.square().sum(), k, 0.) # what is left of a constant is rounding
 
 # %% ../nbs/api/08_gaps.ipynb #99554646
 class _Eyes:
