@@ -1055,6 +1055,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdlab.gaps._Summary.summary': ('api/gaps.html#_summary.summary', 'kdlab/gaps.py'),
                             'kdlab.gaps._Watch': ('api/gaps.html#_watch', 'kdlab/gaps.py'),
                             'kdlab.gaps._Watch.__init__': ('api/gaps.html#_watch.__init__', 'kdlab/gaps.py'),
+                            'kdlab.gaps._Watch._answer': ('api/gaps.html#_watch._answer', 'kdlab/gaps.py'),
                             'kdlab.gaps._Watch._open': ('api/gaps.html#_watch._open', 'kdlab/gaps.py'),
                             'kdlab.gaps._Watch.close': ('api/gaps.html#_watch.close', 'kdlab/gaps.py'),
                             'kdlab.gaps._Watch.see': ('api/gaps.html#_watch.see', 'kdlab/gaps.py'),
