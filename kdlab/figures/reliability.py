@@ -57,8 +57,8 @@ def bin_edges(
 
 
 def bin_of(confidence, edges) -> np.ndarray:
-    "The bin of each example; a confidence on an edge belongs to the upper bin, 1 to the last."
-    return np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, len(edges) - 2)
+    "The bin of each example; a confidence on an edge belongs to the lower bin, as in Guo et al. 2017."
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
 
 # %% ../../nbs/api/figures/20_reliability.ipynb #17aac211
 @cache
