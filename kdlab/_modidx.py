@@ -2457,6 +2457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdlab.terms._counts_tokens': ('api/terms.html#_counts_tokens', 'kdlab/terms.py'),
                              'kdlab.terms._labelled': ('api/terms.html#_labelled', 'kdlab/terms.py'),
                              'kdlab.terms._of_all': ('api/terms.html#_of_all', 'kdlab/terms.py'),
+                             'kdlab.terms._places': ('api/terms.html#_places', 'kdlab/terms.py'),
                              'kdlab.terms._rows': ('api/terms.html#_rows', 'kdlab/terms.py'),
                              'kdlab.terms._units': ('api/terms.html#_units', 'kdlab/terms.py'),
                              'kdlab.terms._worth': ('api/terms.html#_worth', 'kdlab/terms.py'),

@@ -39,15 +39,15 @@ def predict(
     if not logits: raise ValueError("the loader has no batches")
     return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
 
-# %% ../nbs/api/04_distilling.ipynb #9ebc1e02
+# %% ../nbs/api/04_distilling.ipynb #5e93f6fd
 def distill(
     student:nn.Module, # trained in place; left in eval mode
-    teacher:nn.Module|Source|None, # asked, never changed; None trains the student alone; anything with `answer`: see `kdlab.terms`
+    teacher:nn.Module|Source|None, # asked, never changed; None: the student alone; may be anything with `answer`, see `kdlab.terms`
     train:Iterable, # batches: (x, y), x alone where there are no labels, or dicts; read once an epoch
     valid:Iterable|None=None, # batches to measure on after each epoch
     *,
     epochs:int=5, # passes over `train`, >= 1
-    losses:Loss|list[Loss]|None=None, # what to minimise; None is 0.1·CrossEntropy + 0.9·SoftKL(T=4); losses on features .on(layers)
+    losses:Loss|list[Loss]|None=None, # None is 0.1·CrossEntropy + 0.9·SoftKL(T=4); losses on features are bound .on(layers)
     lr:float=3e-3, # learning rate of the default optimizer, Adam
     optimizer:Callable|torch.optim.Optimizer|None=None, # an optimizer, or a function from parameters to one
     scheduler:Callable|str|None="cosine", # "cosine" to 0 over the run, None, or a function from the optimizer; stepped each step
@@ -187,10 +187,11 @@ def _one_epoch(trainer:Trainer, before:str|None)->None:
     _watch(run, entry)
     trainer.bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("train_loss", "valid_accuracy")})
 
-# %% ../nbs/api/04_distilling.ipynb #7fe8b664
+# %% ../nbs/api/04_distilling.ipynb #5123c1b4
 def _watch(run:Run, entry:dict)->None:
     "Keep the best epoch, and stop when patience is over."
-    steady = ("valid_loss",) if "scheduled" not in entry else ("valid_agreement", "valid_loss") # a loss that moves cannot be compared
+    # a loss whose weights move cannot be compared between epochs
+    steady = ("valid_loss",) if "scheduled" not in entry else ("valid_agreement", "valid_loss")
     monitor = next((m for m in ("valid_accuracy", *steady) if m in entry), None)
     if monitor is None: return
     value, patience = entry[monitor], run.plan["patience"]
@@ -214,13 +215,13 @@ def _finish(trainer:Trainer)->None:
     if skipped: run.notes.append(f"{skipped} steps were skipped: gradients overflowed in float16")
     run._loop = {}
 
-# %% ../nbs/api/04_distilling.ipynb #d39cc9ce
+# %% ../nbs/api/04_distilling.ipynb #bfd7991f
 def _plan(student, teacher, objective, epochs, seed, patience)->dict:
     "What the run was asked to do, as plain values that can be saved and compared."
     name = lambda m: getattr(m, "spec", {}).get("net") or type(m).__name__
     about = lambda m: f"{name(m)}, {sum(p.numel() for p in m.parameters()):,} parameters"
-    return {"objective": objective.equation(), "schedules": _course(objective), "epochs": epochs, "seed": seed, "patience": patience,
-            "student": about(student), "student_start": fingerprint(student), "student_spec": getattr(student, "spec", None),
+    return {"objective": objective.equation(), "schedules": _course(objective), "epochs": epochs, "seed": seed,
+            "patience": patience, "student": about(student), "student_start": fingerprint(student), "student_spec": getattr(student, "spec", None),
             "teacher": None if teacher is None else teacher.about if is_source(teacher) else about(teacher),
             "teacher_fingerprint": None if teacher is None else digest_of(teacher)}
 
@@ -253,10 +254,11 @@ def _scheduler(choice, optimizer, epochs, steps):
     if choice is None or steps is None: return None
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * steps))
 
-# %% ../nbs/api/04_distilling.ipynb #2baba0ff
+# %% ../nbs/api/04_distilling.ipynb #e90979d4
 def _described(optimizer:torch.optim.Optimizer)->str:
     "An optimizer with its settings, as text that can be compared."
-    plain = lambda group: {k: v for k, v in group.items() if isinstance(v, (int, float, str, tuple, type(None))) and k != "initial_lr"}
+    is_plain = lambda k, v: isinstance(v, (int, float, str, tuple, type(None))) and k != "initial_lr"
+    plain = lambda group: {k: v for k, v in group.items() if is_plain(k, v)}
     groups = [", ".join(f"{k}={v}" for k, v in plain(group).items()) for group in optimizer.param_groups]
     return f"{type(optimizer).__name__}({'; '.join(dict.fromkeys(groups))})"
 
@@ -289,12 +291,12 @@ def _take_up(trainer:Trainer, out:Path, resume:bool)->None:
     if finished: run.student.eval()
     else: trainer.load_state(state["loop"])
 
-# %% ../nbs/api/04_distilling.ipynb #2f0104d8
+# %% ../nbs/api/04_distilling.ipynb #bc885455
 def _check_exact(state:dict, out:Path, trainer:Trainer)->None:
     "Raise unless going on gives the run that was never cut off."
     if not state["loop"]:
-        raise ValueError(f"the run in {out} was saved in the middle of an epoch and cannot be continued exactly. Continue the folder "
-                         f"that kd.distill(..., out=...) wrote, or take its student, kd.load({str(out)!r}, unfinished=True)")
+        raise ValueError(f"the run in {out} was saved in the middle of an epoch and cannot be continued exactly. Continue the "
+                         f"folder that kd.distill(..., out=...) wrote, or take its student, kd.load({str(out)!r}, unfinished=True)")
     if state["plan"].get("train") not in (None, checkpoints.check_replay(trainer.train, state["plan"]["seed"], trainer.device)):
         raise ValueError(f"train does not begin as it did for the run in {out}: other data, another order or another batch size. "
                          f"Choose another folder")

@@ -17,7 +17,7 @@ from .checkpoints import seed_all
 from .parallel import Team, add_gradients, share
 from .terms import Answers, Batch, Seen, Watched, bound_names, couples, has_unlabelled, is_source, parts_of, weigh
 
-# %% ../nbs/api/04_loop.ipynb #244cca27
+# %% ../nbs/api/04_loop.ipynb #c3bd2aaf
 class Ways(NamedTuple):
     "How the steps of a run are made."
     clip:float|None = None # largest norm of all gradients together
@@ -30,12 +30,15 @@ class Ways(NamedTuple):
 
     def check(self)->"Ways":
         "Raise where one of them makes no sense."
-        if self.clip is not None and not 0 < self.clip < math.inf: raise ValueError(f"clip is the largest norm of the gradients, > 0, got {self.clip!r}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip is the largest norm of the gradients, > 0, got {self.clip!r}")
         if not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise ValueError(f"accumulate is a whole number of batches >= 1, got {self.accumulate!r}")
         if self.precision not in _DTYPES: raise ValueError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
-        if not isinstance(self.compile, (bool, dict)): raise TypeError(f"compile must be True, False or options of torch.compile, got {self.compile!r}")
-        if self.gather and self.team.size == 1: raise ValueError("gather=True is for several processes: pass processes=, or leave it out")
+        if not isinstance(self.compile, (bool, dict)):
+            raise TypeError(f"compile must be True, False or options of torch.compile, got {self.compile!r}")
+        if self.gather and self.team.size == 1:
+            raise ValueError("gather=True is for several processes: pass processes=, or leave it out")
         return self
 
     def written(self)->dict:
@@ -45,19 +48,20 @@ class Ways(NamedTuple):
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# %% ../nbs/api/04_loop.ipynb #549cc7f7
+# %% ../nbs/api/04_loop.ipynb #db496fe2
 def cautions(student:nn.Module, objective, ways:Ways)->list[str]:
     "What a reader of the run should know."
     parts = [f"accumulate={ways.accumulate}"] * (ways.accumulate > 1) + [f"processes={ways.team.size}"] * (ways.team.size > 1)
     if not parts: return []
     where, coupled = " and ".join(parts), [type(loss).__name__ for _, loss in objective.terms() if couples(loss)]
-    whole = ways.accumulate == 1 and ways.gather
-    notes = [f"{', '.join(coupled)} compare only the samples of one part of a batch with each other ({where})"] if coupled and not whole else []
+    notes, whole = [], ways.accumulate == 1 and ways.gather
+    if coupled and not whole:
+        notes.append(f"{', '.join(coupled)} compare only the samples of one part of a batch with each other ({where})")
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
         notes.append(f"batch norm sees one part of a batch at a time ({where})")
     return notes
 
-# %% ../nbs/api/04_loop.ipynb #f9816670
+# %% ../nbs/api/04_loop.ipynb #532e627c
 class Trainer:
     "What one run needs while it is running: models on their device, optimizer, scheduler, progress bar."
     def __init__(self, run, train, valid, optimizer, scheduler, bar, ways:Ways=Ways()):
@@ -100,7 +104,8 @@ class Trainer:
     def state(self)->dict:
         "What the next epoch needs beside the weights."
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler, "scaler": self.scaler.state_dict(), "tally": dict(self.tally)}
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler, "scaler": self.scaler.state_dict(),
+                "tally": dict(self.tally)}
 
     def load_state(self, state:dict)->None:
         "Go on from there."
@@ -260,15 +265,16 @@ def _top(seen:Seen)->Tensor:
     log_probs, ids = seen.logits
     return ids.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
 
-# %% ../nbs/api/04_loop.ipynb #3aec6bb0
+# %% ../nbs/api/04_loop.ipynb #7d85a6a0
 def _measures(losses, said:list[_Said])->dict:
     "What the history keeps of an evaluation."
     total = sum(n for _, n in losses)
     out = {"valid_loss": sum(float(v) * n for v, n in losses) / total} if total else {}
     hits = [(b.student == b.y)[b.y != -100] for b in said if b.y is not None and b.y.shape == b.student.shape]
     if len(hits) == len(said): out["valid_accuracy"] = float(torch.cat(hits).float().mean())
-    real = lambda b, same: same[b.mask.bool()] if b.mask is not None and b.mask.shape == same.shape else same # padding says nothing
-    both = [real(b, b.student == b.teacher).reshape(-1) for b in said if b.teacher is not None]
+    masked = lambda b: b.mask is not None and b.mask.shape == b.student.shape # padding says nothing
+    same = lambda b: (b.student == b.teacher)[b.mask.bool()] if masked(b) else b.student == b.teacher
+    both = [same(b).reshape(-1) for b in said if b.teacher is not None]
     if both: out["valid_agreement"] = float(torch.cat(both).float().mean())
     return out
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from .calling import count
 
-# %% ../nbs/api/04_parallel.ipynb #2f6981ac
+# %% ../nbs/api/04_parallel.ipynb #779c9f7e
 class Team:
     "The processes of a run; of one, none of its methods has anything to do."
     def __init__(self, size:int=1, rank:int=0): self.size, self.rank = size, rank
@@ -53,7 +53,8 @@ class Team:
             except BaseException as e: problem = e
         said = self.told(problem and f"{type(problem).__name__}: {problem}")
         if problem is not None: raise problem
-        if said: raise KeyboardInterrupt if said.startswith("KeyboardInterrupt") else RuntimeError(f"the first process stopped: {said}")
+        if not said: return
+        raise KeyboardInterrupt if said.startswith("KeyboardInterrupt") else RuntimeError(f"the first process stopped: {said}")
 
     def check_same(self, values:dict, what:str)->None:
         "Raise where processes differ."
@@ -68,31 +69,34 @@ def _device()->torch.device:
     "Where tensors of the backend live."
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
-# %% ../nbs/api/04_parallel.ipynb #e27ed020
+# %% ../nbs/api/04_parallel.ipynb #308120e4
 def assemble(
     processes:int, # how many there must be
     device:torch.device, # of the student: cpu is gloo, cuda is nccl
 )->Team:
     "The team of this process; raises if there are more or fewer processes than asked for."
-    if not isinstance(processes, int) or processes < 1: raise ValueError(f"processes must be a whole number >= 1, got {processes!r}")
+    if not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"processes must be a whole number >= 1, got {processes!r}")
     ready = dist.is_available() and dist.is_initialized()
     there = dist.get_world_size() if ready else int(os.environ.get("WORLD_SIZE", 1))
     if there < processes:
-        raise ValueError(f"processes={processes}, and there is {there}: start the script with torchrun --nproc-per-node {processes} script.py")
+        raise ValueError(f"processes={processes}, and there is {there}: start the script with "
+                         f"torchrun --nproc-per-node {processes} script.py")
     if there > processes:
-        raise ValueError(f"processes={processes}, and this is one of {there}: each would train all of it and write over the others. "
-                         f"Pass processes={there}")
+        raise ValueError(f"processes={processes}, and this is one of {there}: each would train all of it and write over the "
+                         f"others. Pass processes={there}")
     if processes == 1: return Team()
     if not ready:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Team(dist.get_world_size(), dist.get_rank())
 
-# %% ../nbs/api/04_parallel.ipynb #7e0d8531
+# %% ../nbs/api/04_parallel.ipynb #26cbf476
 def part(n:int, team:Team)->slice:
     "The samples of n that belong to this process."
     if n < team.size:
-        raise ValueError(f"a batch of {n} samples cannot be shared by {team.size} processes: use drop_last=True, or another batch size")
+        raise ValueError(f"a batch of {n} samples cannot be shared by {team.size} processes: use drop_last=True, or another "
+                         f"batch size")
     return slice(n * team.rank // team.size, n * (team.rank + 1) // team.size)
 
 class _Indices:
@@ -159,7 +163,7 @@ def share_buffers(modules:Iterable[nn.Module], team:Team)->None:
     if team.size == 1: return
     for buffer in (b for m in modules for b in m.buffers()): dist.broadcast(buffer, src=0)
 
-# %% ../nbs/api/04_parallel.ipynb #2ecd3b2a
+# %% ../nbs/api/04_parallel.ipynb #a8177453
 class _Gather(torch.autograd.Function):
     "The rows of all processes, in order of rank."
     @staticmethod
@@ -184,7 +188,8 @@ def gather(x, team:Team): # tensor, tuple of tensors or None -> the same with th
     shapes = [None] * team.size
     dist.all_gather_object(shapes, tuple(x.shape))
     if len({shape[1:] for shape in shapes}) > 1:
-        raise ValueError(f"gather=True stacks the samples of all processes, and their shapes differ: {shapes}. Pad all batches to one length")
+        raise ValueError(f"gather=True stacks the samples of all processes, and their shapes differ: {shapes}. Pad all batches "
+                         f"to one length")
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x # not every backend adds halves
     kind = wide.to(torch.uint8) if wide.dtype == torch.bool else wide
     return _Gather.apply(kind, [shape[0] for shape in shapes], team.rank).to(wide.dtype)

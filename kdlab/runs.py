@@ -14,7 +14,7 @@ from .logs import History
 from .losses import Loss, Objective
 from .terms import as_objective, digest_of
 
-# %% ../nbs/api/04_runs.ipynb #f227da3e
+# %% ../nbs/api/04_runs.ipynb #71ab4219
 class Run:
     """What `kd.distill` returns. `status` is running, finished, stopped early, interrupted or failed.
 
@@ -47,7 +47,8 @@ class Run:
     def take_best(self)->"Run": # itself
         "Put the weights of the best epoch into the student."
         if self.best is None: raise ValueError("no epoch is the best: that takes a valid set, valid=")
-        if self._best_weights is None: raise ValueError("the weights of the best epoch are not at hand: the folder had no best.pt of this run")
+        if self._best_weights is None:
+            raise ValueError("the weights of the best epoch are not at hand: the folder had no best.pt of this run")
         self.student.load_state_dict(self._best_weights)
         return self
 
@@ -69,7 +70,7 @@ def _row(entry:dict)->str:
     return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
                      if k not in ("lr", "seconds", "terms", "scheduled"))
 
-# %% ../nbs/api/04_runs.ipynb #e3d6ae02
+# %% ../nbs/api/04_runs.ipynb #c52d3834
 _FORMAT, _BEST = "kdlab run 1", "kdlab best epoch 1"
 
 def weights_of(model:nn.Module)->dict:
@@ -82,7 +83,8 @@ def _save(run:Run, folder:Path)->Path:
     if run._best_weights is not None and run._written != best:
         checkpoints.save({"format": _BEST, "best": run.best, "student": run._best_weights}, folder / "best.pt")
         run._written = best
-    summary = {"format": _FORMAT, "status": run.status, "plan": run.plan, "best": run.best, "notes": run.notes, "history": run.history}
+    told = {name: getattr(run, name) for name in ("status", "plan", "best", "notes", "history")}
+    summary = {"format": _FORMAT} | told
     losses = run._loss_weights if run.objective is None else weights_of(run.objective)
     state = {"outputs": run.outputs, "student": weights_of(run.student), "objective": losses, "loop": run._loop}
     checkpoints.save(summary | state, folder / "run.pt")

@@ -206,7 +206,7 @@ def _units(objective:Objective, shares:dict|None)->list[tuple[Loss, list[Term]]]
     together = objective if len(rows) == len(active) else Objective([(t.weight, t.loss) for t in rows])
     return [(together, rows), *((t.loss, [t]) for t in active if t not in rows)]
 
-# %% ../nbs/api/04_terms.ipynb #f4f415e8
+# %% ../nbs/api/04_terms.ipynb #9cf01e43
 def weigh(
     objective:Objective, # complete: see `kd.build`
     ours:Seen, # what the student showed
@@ -219,7 +219,7 @@ def weigh(
     "The objective on one batch, and what each term is worth. A term that needs labels and finds none is left out."
     total, worth, units = [], {}, _units(objective, shares)
     if not units: return objective(ours.logits, None if theirs is None else theirs.logits, y), {}
-    batch, share = (ours, theirs, y, mask, team), (lambda term: 1.) if shares is None else lambda term: shares.get(term.name, 0.)
+    batch, share = (ours, theirs, y, mask, team), lambda term: 1. if shares is None else shares.get(term.name, 0.)
     for unit, terms in units:
         value = _worth(unit, terms[0].loss, *batch)
         if value is None: continue
@@ -235,7 +235,7 @@ def weigh(
     if not total: raise ValueError("a batch has samples without labels, and the objective has no soft term: add kd.SoftKL()")
     return sum(total[1:], total[0]), worth
 
-# %% ../nbs/api/04_terms.ipynb #8e4ffdb0
+# %% ../nbs/api/04_terms.ipynb #2dd21fac
 class Batch(NamedTuple):
     "A batch of a loader, on the device."
     raw: object # as the loader gave it
@@ -243,14 +243,17 @@ class Batch(NamedTuple):
     y: Tensor|None # labels
     mask: Tensor|None # (B, N), the tokens that count
 
+def _places(logits, dim:int)->float:
+    "Rows in a sample."
+    return logits.numel() / max(1, len(logits) * logits.shape[dim]) if isinstance(logits, Tensor) else 1.
+
 def _rows(loss:Loss, ours:Seen, first:Batch, batch:Batch)->float:
     "What the mean of a term runs over in a batch; `ours` is what the student showed of the first one."
     student, n, y = ours.at((loss.bound or (None,))[0]), count(batch.x), batch.y
     tokens = _counts_tokens(loss, student, first.mask)
     if loss.compares == "features": return float(batch.mask.sum()) if tokens else n
     if loss.role != "hard" and has_unlabelled(y): # every row counts
-        places = student.numel() / max(1, len(student) * student.shape[getattr(loss, "dim", -1)]) if isinstance(student, Tensor) else 1
-        return float(batch.mask.sum()) if tokens else n * places
+        return float(batch.mask.sum()) if tokens else n * _places(student, getattr(loss, "dim", -1))
     if y is None: return 0
     if y.is_floating_point(): return n
     valid = y != getattr(loss, "ignore_index", -100)
