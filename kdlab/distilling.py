@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict', 'distill']
 
-# %% ../nbs/api/04_distilling.ipynb #97421888
+# %% ../nbs/api/04_distilling.ipynb #98316a4e
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +16,9 @@ from . import checkpoints
 from .adapters import build
 from .calling import ask, device_of, frozen, move, split
 from .checkpoints import fingerprint, own_chance, start_epoch
-from .loop import Trainer, Ways, cautions, epoch, evaluate, steps_in
+from .loop import Trainer, Ways, cautions, epoch, evaluate, steps_in, tell_scheduler
 from .losses import Loss, Objective
-from .parallel import assemble, share_buffers
+from .parallel import assemble, check_same, share_buffers
 from .runs import Run, best_weights, load, read_run, weights_of
 from .terms import Source, as_objective, digest_of, is_source, scheduled
 
@@ -118,14 +118,14 @@ def _check_source(source, objective:Objective)->None:
                                  f"pass the module as project=")
     getattr(source, "check", lambda objective: None)(objective)
 
-# %% ../nbs/api/04_distilling.ipynb #4a174be3
+# %% ../nbs/api/04_distilling.ipynb #cb628ed4
 def _trainer(run:Run, train, valid, optimizer, scheduler, ways:Ways, progress:bool)->Trainer:
     "All that trains, with a plan that says how."
     scheduler = _scheduler(scheduler, optimizer, run.plan["epochs"], steps_in(train, ways.accumulate))
     kind = None if scheduler is None else type(scheduler).__name__
     run.plan |= {"optimizer": _described(optimizer), "scheduler": kind} | ways.written()
     run.notes += cautions(run.student, run.objective, ways)
-    ways.team.check_same(run.plan | {"losses": fingerprint(run.objective)}, "train the same run")
+    check_same(run.plan | {"losses": fingerprint(run.objective)}, "train the same run", ways.team)
     return Trainer(run, train, valid, optimizer, scheduler, _bar(run, train, progress and ways.team.first), ways)
 
 def _go(trainer:Trainer, out:Path|None, resume:bool, callbacks)->Run:
@@ -161,7 +161,7 @@ def _train(trainer:Trainer, out:Path|None, callbacks)->None:
         run.objective.eval()
         trainer.optimizer.zero_grad(set_to_none=True) # the last gradients are of no use to anyone
 
-# %% ../nbs/api/04_distilling.ipynb #24c7c556
+# %% ../nbs/api/04_distilling.ipynb #114826f3
 def _one_epoch(trainer:Trainer, before:str|None)->None:
     "Train, measure, check the teacher, remember the best."
     run, number, start = trainer.run, trainer.run.epoch, time.perf_counter()
@@ -178,7 +178,7 @@ def _one_epoch(trainer:Trainer, before:str|None)->None:
     if trainer.valid is not None:
         measures, run.outputs = evaluate(trainer)
         entry |= measures
-    trainer.after(entry)
+    tell_scheduler(trainer, entry)
     if before is not None and digest_of(run.teacher) != before:
         raise RuntimeError(f"the teacher changed in epoch {number + 1}. It must stay as it is: does the student share "
                            f"modules with it, or does a callback train it?")
