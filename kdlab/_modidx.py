@@ -356,6 +356,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kdlab.figures.cover.valley': ('api/figures/cover.html#valley', 'kdlab/figures/cover.py')},
             'kdlab.figures.dark': { 'kdlab.figures.dark._axes': ('api/figures/dark.html#_axes', 'kdlab/figures/dark.py'),
                                     'kdlab.figures.dark._map': ('api/figures/dark.html#_map', 'kdlab/figures/dark.py'),
+                                    'kdlab.figures.dark._percent': ('api/figures/dark.html#_percent', 'kdlab/figures/dark.py'),
+                                    'kdlab.figures.dark._short': ('api/figures/dark.html#_short', 'kdlab/figures/dark.py'),
                                     'kdlab.figures.dark._wall': ('api/figures/dark.html#_wall', 'kdlab/figures/dark.py'),
                                     'kdlab.figures.dark.behind': ('api/figures/dark.html#behind', 'kdlab/figures/dark.py'),
                                     'kdlab.figures.dark.branches': ('api/figures/dark.html#branches', 'kdlab/figures/dark.py'),
