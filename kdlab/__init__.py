@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
-# %% ../nbs/api/00_kdlab.ipynb #239e87d5
+# %% ../nbs/api/00_kdlab.ipynb #e6dba37c
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
@@ -26,6 +26,7 @@ _HOMES = {
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
+    "kdlab.losses.trained": "CRD MGD ReviewKD SemCKD SimKD SRRL VID",
     "kdlab.losses.tokens": "AttentionMap LSH TokenRelation",
     "kdlab.losses.relations": "CKA CorrelationCongruence DIST PKT RKD RKDAngle RKDDistance Similarity "
                               "SimilarityKL",
@@ -33,12 +34,13 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #63b76752
+# %% ../nbs/api/00_kdlab.ipynb #2ab3650c
 _HOMES |= {
     "kdlab.distilling": "distill Run load predict",
+    "kdlab.logs": "tensorboard",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
-    "kdlab.adapters": "Projector build",
+    "kdlab.adapters": "Projector build reuse",
     "kdlab.gaps": "Gap gap",
     "kdlab.gap_reports": "report",
     "kdlab.checkup": "doctor",

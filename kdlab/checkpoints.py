@@ -88,7 +88,7 @@ def own_chance(device:torch.device|None=None):
         random.setstate(states[0])
         np.random.set_state(states[1])
 
-# %% ../nbs/api/04_checkpoints.ipynb #85e5cd31
+# %% ../nbs/api/04_checkpoints.ipynb #0ab69f61
 _WAYS = ("Give its sampler or its data set a generator as an attribute (torch.Generator, numpy's Generator, random.Random), or a "
          "method set_epoch(epoch); or leave out= away, and run.save(folder) when the run is over")
 
@@ -98,12 +98,12 @@ def check_rereadable(loader, why:str)->None:
         raise ValueError(f"train can be read only once, and {why}: pass a DataLoader, list(train), or an object whose __iter__ "
                          f"starts anew")
 
-def check_replay(loader, seed:int)->str: # the digest of the first batch
+def check_replay(loader, seed:int, device:torch.device|None=None)->str: # the digest of the first batch
     "Raise if the same random states do not give the same batches; the caller's states are given back."
     check_rereadable(loader, "a run that is to be continued reads it again")
     found = []
     for _ in range(2):
-        with own_chance():
+        with own_chance(device):
             start_epoch(seed, 0, loader)
             found.append(digest(next(iter(loader), None)))
     if found[0] != found[1]:

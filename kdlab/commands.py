@@ -61,22 +61,31 @@ def _losses(alpha:float, T:float)->dict:
     mixed = sum(weight * loss for weight, loss in ((alpha, hard), (1 - alpha, soft)) if weight)
     return {"teacher": 1. * hard, "alone": 1. * hard, "distilled": mixed}
 
-# %% ../nbs/api/12_commands.ipynb #ab4a554d
+# %% ../nbs/api/12_commands.ipynb #48aa591f
 def _nets(settings:dict, data:dict, seed:int)->dict:
     "Fresh nets of one seed, by arm."
     classes, shape = len(data["classes"]), data["test"].x.shape[1:]
-    make = lambda name: kdlab.nets.get(name, classes, shape, seed)
+    make = lambda name: kdlab.nets.get(name, classes, shape, seed).to(settings["device"])
     return {"teacher": make(settings["teacher"]), **{arm: make(settings["student"]) for arm in ARMS[1:]}}
 
 
-def _settings(task, teacher, student, T, alpha, epochs)->dict:
+def _device(name:str)->str:
+    "The name of a device that is there."
+    import torch
+    try: torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {name} cannot be used: {str(e).splitlines()[0]}") from None
+    return name
+
+
+def _settings(task, teacher, student, T, alpha, epochs, device)->dict:
     "The settings as they are stored, or an error that names the argument."
     if not 0 < T < float("inf"): raise ValueError(f"T must be > 0, got {T}")
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
     if epochs < 1: raise ValueError(f"epochs must be >= 1, got {epochs}")
     data = _samples(task, 0)
     if teacher == "auto": teacher = "teacher_cnn" if data["test"].x.dim() == 4 else "teacher_mlp"
-    settings = dict(task=task, teacher=teacher, student=student, T=T, alpha=alpha, epochs=epochs)
+    settings = dict(task=task, teacher=teacher, student=student, T=T, alpha=alpha, epochs=epochs, device=_device(device))
     _nets(settings, data, 0) # an unknown net, or one that does not fit the task, is an error now
     return settings
 
@@ -184,7 +193,7 @@ def _experiment(out:Path, settings:dict, given:dict)->dict:
     _write(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
-# %% ../nbs/api/12_commands.ipynb #96355306
+# %% ../nbs/api/12_commands.ipynb #66e03902
 def distill(
     task:str="digits-few", # what to learn: {tasks}
     teacher:str="auto", # the teacher's net: {nets}; auto takes teacher_cnn for pictures, teacher_mlp for points
@@ -193,6 +202,7 @@ def distill(
     alpha:float=0.1, # weight of the labels, 0 to 1, in alpha·CrossEntropy + (1 - alpha)·SoftKL(T)
     epochs:int=30, # passes over the teacher's training set; the students take as many steps
     seeds:int=5, # repetitions, each with its own split, weights and order
+    device:str="cpu", # where to train: cpu, cuda, cuda:1; another device rounds otherwise
     out:str="runs/first", # folder for the runs, results.json and report.html
 )->int: # exit status
     """Train a teacher, a student alone and a distilled student for each seed, and compare them.
@@ -206,10 +216,10 @@ def distill(
     from kdlab.reports import table
     if seeds < 1: raise ValueError(f"seeds must be >= 1, got {seeds}")
     folder = Path(out)
-    given = dict(task=task, teacher=teacher, student=student, T=T, alpha=alpha, epochs=epochs, seeds=seeds)
+    given = dict(task=task, teacher=teacher, student=student, T=T, alpha=alpha, epochs=epochs, seeds=seeds, device=device)
     results = _read(folder / "results.json")
     if not results or results["given"] != given or not (folder / "report.html").exists():
-        settings = _settings(task, teacher, student, T, alpha, epochs)
+        settings = _settings(task, teacher, student, T, alpha, epochs, device)
         _open(folder, settings)
         try: results = _experiment(folder, settings, given)
         except KeyboardInterrupt:

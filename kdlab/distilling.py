@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict', 'Run', 'load', 'distill']
 
-# %% ../nbs/api/04_distilling.ipynb #9497a1b6
+# %% ../nbs/api/04_distilling.ipynb #c97efaf8
 import copy
 import json
 import time
@@ -18,6 +18,7 @@ from .adapters import build
 from .calling import ask, device_of, frozen, move, split
 from .checkpoints import fingerprint, own_chance, start_epoch
 from .losses import CrossEntropy, Loss, Objective, SoftKL
+from .logs import History
 from .loop import Ways, Trainer, cautions, epoch, evaluate, steps_in
 from .parallel import assemble, share_buffers
 from .terms import Source, is_source, scheduled
@@ -39,7 +40,7 @@ def predict(
     if not logits: raise ValueError("the loader has no batches")
     return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
 
-# %% ../nbs/api/04_distilling.ipynb #a1c8be25
+# %% ../nbs/api/04_distilling.ipynb #fc3a9695
 class Run:
     """What `kd.distill` returns. `status` is running, finished, stopped early, interrupted or failed.
 
@@ -81,6 +82,10 @@ class Run:
         "Before `run.pt`: whatever is cut off between the two is trained again, and written again."
         if path.exists() and checkpoints.read(path, _BEST, "a best epoch")["best"] == self.best: return
         checkpoints.save({"format": _BEST, "best": self.best, "student": self._best_weights}, path)
+
+    def table(self)->History:
+        "The history, an epoch in a row."
+        return History(self.history)
 
     def take_best(self)->"Run": # itself
         "Put the weights of the best epoch into the student."
@@ -264,7 +269,7 @@ def _check_source(source, objective:Objective)->None:
                                  f"pass the module as project=")
     getattr(source, "check", lambda objective: None)(objective)
 
-# %% ../nbs/api/04_distilling.ipynb #b3f89dce
+# %% ../nbs/api/04_distilling.ipynb #a6b64e55
 def _train(trainer:Trainer, out:Path|None, callbacks)->None:
     "The epochs that are left, and a run in order however they end."
     run, plan, team = trainer.run, trainer.run.plan, trainer.ways.team
@@ -276,8 +281,8 @@ def _train(trainer:Trainer, out:Path|None, callbacks)->None:
                 _one_epoch(trainer, before)
                 if run.status == "running" and run.epoch == plan["epochs"]: run.status = "finished"
                 if run.finished: _finish(trainer)
-                if out is not None and team.first: run.save(out)
-                _call(callbacks, run, team)
+                if out is not None: team.first_does(lambda: run.save(out))
+                team.first_does(lambda: [callback(run) for callback in callbacks])
     except KeyboardInterrupt:
         if not run.finished: run.status = "interrupted"
         run.notes.append(f"interrupted after {run.epoch} whole epochs; the student has the weights of that moment")
@@ -288,18 +293,6 @@ def _train(trainer:Trainer, out:Path|None, callbacks)->None:
         run.student.eval()
         run.objective.eval()
         trainer.optimizer.zero_grad(set_to_none=True) # the last gradients are of no use to anyone
-
-# %% ../nbs/api/04_distilling.ipynb #a59d77e9
-def _call(callbacks, run:Run, team)->None:
-    "The callbacks, in the first process; what stops it there stops all."
-    problem = None
-    if team.first:
-        try:
-            for callback in callbacks: callback(run)
-        except BaseException as e: problem = e
-    stopped = team.told(None if problem is None else isinstance(problem, KeyboardInterrupt))
-    if problem is not None: raise problem
-    if stopped is not None: raise KeyboardInterrupt if stopped else RuntimeError("a callback failed in the first process")
 
 # %% ../nbs/api/04_distilling.ipynb #78ca04be
 def _one_epoch(trainer:Trainer, before:str|None)->None:
@@ -404,18 +397,18 @@ def _described(optimizer:torch.optim.Optimizer)->str:
     groups = [", ".join(f"{k}={v}" for k, v in plain(group).items()) for group in optimizer.param_groups]
     return f"{type(optimizer).__name__}({'; '.join(dict.fromkeys(groups))})"
 
-# %% ../nbs/api/04_distilling.ipynb #97d6c2b9
+# %% ../nbs/api/04_distilling.ipynb #b1c4b24f
 def _open(trainer:Trainer, out:Path, resume:bool)->None:
     "Take up the run in `out`, or begin one there; nothing is written over."
     run, team = trainer.run, trainer.ways.team
-    if team.first: checkpoints.claim(out, ("run.pt", "run.json", "best.pt"))
+    team.first_does(lambda: checkpoints.claim(out, ("run.pt", "run.json", "best.pt")))
     if team.told((out / "run.pt").exists()): return _take_up(trainer, out, resume)
-    run.plan["train"] = checkpoints.check_replay(trainer.train, run.plan["seed"])
+    run.plan["train"] = checkpoints.check_replay(trainer.train, run.plan["seed"], trainer.device)
     run._loop = trainer.state()
     checkpoints.check_plain(run._loop, "optimizer or the scheduler")
-    if team.first: run.save(out)
+    team.first_does(lambda: run.save(out))
 
-# %% ../nbs/api/04_distilling.ipynb #ab4f2156
+# %% ../nbs/api/04_distilling.ipynb #b8530e92
 def _take_up(trainer:Trainer, out:Path, resume:bool)->None:
     "Go on where the run in `out` stopped, if it is the one asked for."
     run, state = trainer.run, _read(out)
@@ -425,7 +418,7 @@ def _take_up(trainer:Trainer, out:Path, resume:bool)->None:
     differs = [f"{k}: {state['plan'].get(k)} saved, {v} now" for k, v in run.plan.items() if state["plan"].get(k) != v]
     if differs: raise ValueError(f"the run in {out} is not the one asked for: {'; '.join(differs)}. Choose another folder")
     run.plan, finished = state["plan"], state["status"] in ("finished", "stopped early")
-    if not finished: _check_exact(state, out, trainer.train)
+    if not finished: _check_exact(state, out, trainer)
     run.student.load_state_dict(state["student"])
     run.objective.load_state_dict(state["objective"])
     run.status, run.history, run.notes = state["status"] if finished else "running", state["history"], state["notes"]
@@ -433,13 +426,13 @@ def _take_up(trainer:Trainer, out:Path, resume:bool)->None:
     if finished: run.student.eval()
     else: trainer.load_state(state["loop"])
 
-# %% ../nbs/api/04_distilling.ipynb #accaeed0
-def _check_exact(state:dict, out:Path, train)->None:
+# %% ../nbs/api/04_distilling.ipynb #2f0104d8
+def _check_exact(state:dict, out:Path, trainer:Trainer)->None:
     "Raise unless going on gives the run that was never cut off."
     if not state["loop"]:
         raise ValueError(f"the run in {out} was saved in the middle of an epoch and cannot be continued exactly. Continue the folder "
                          f"that kd.distill(..., out=...) wrote, or take its student, kd.load({str(out)!r}, unfinished=True)")
-    if state["plan"].get("train") not in (None, checkpoints.check_replay(train, state["plan"]["seed"])):
+    if state["plan"].get("train") not in (None, checkpoints.check_replay(trainer.train, state["plan"]["seed"], trainer.device)):
         raise ValueError(f"train does not begin as it did for the run in {out}: other data, another order or another batch size. "
                          f"Choose another folder")
 

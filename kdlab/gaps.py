@@ -381,7 +381,7 @@ class Measures(Table):
     "The measures as a table."
     columns = ("", "teacher", "student", "student against teacher")
 
-# %% ../nbs/api/08_gaps.ipynb #d153362a
+# %% ../nbs/api/08_gaps.ipynb #31ef0cd0
 def _value(name, value, at)->str:
     "A measure as text."
     v, low, high = value
@@ -390,8 +390,8 @@ def _value(name, value, at)->str:
     scale = 100 if name in ("accuracy", "agreement") or name.startswith("calibration") else 1
     sign = "+" if at == "between" and name in ("accuracy", "nll", "brier", "entropy", "dark_entropy") else ""
     digits = ".1f" if scale == 100 else ".3g" if name == "latency" else ".3f"
-    text = f"{scale * v:{sign}{digits}}"
-    return text if low is None else f"{text} [{scale * low:{sign}{digits}}, {scale * high:{sign}{digits}}]"
+    say = lambda x: re.sub(r"^[+-](0\.0*)$", r"\1", f"{scale * x:{sign}{digits}}") # no sign before what rounds to 0
+    return say(v) if low is None else f"{say(v)} [{say(low)}, {say(high)}]"
 
 # %% ../nbs/api/08_gaps.ipynb #7f7f0794
 class Gap(_Summary):
@@ -503,12 +503,12 @@ def _flatten(zs, zt, y, x, ids:list)->tuple:
     at = lambda z: z.reshape(-1, z.shape[-1])[rows.to(z.device)]
     return at(zs), at(zt), None if y is None else y.flatten()[rows.to(y.device)], [f"{ids[r // each]}:{r % each}" for r in rows.tolist()]
 
-# %% ../nbs/api/08_gaps.ipynb #3665d46f
+# %% ../nbs/api/08_gaps.ipynb #44fd74f3
 class _Watch:
     "Both models on the batches of a loader."
     def __init__(self, student, teacher, layers, forward, passed:_Pass):
         self.models, self.forward, self.passed = {"student": student, "teacher": teacher}, forward, passed
-        self.layers, self.eyes, self.first = layers, None, None
+        self.layers, self.eyes, self.first, self.notes = layers, None, None, []
 
     def see(self, batch, rows)->None:
         "One batch."
@@ -523,10 +523,11 @@ class _Watch:
         ids = _ids(batch, rows, n, self.passed.samples)
         y = _check_labels(y, tuple(zt.shape[:-1]), zt.shape[-1])
         self.passed.samples += n
+        if not self.notes: self.notes = _token_notes(zt)
+        self.passed.hold("inputs", x if isinstance(x, Tensor) and zt.ndim == 2 else None)
         zs, zt, y, ids = _flatten(zs, zt, y, x, ids)
         for z, who in ((zs, "student"), (zt, "teacher")): _check_numbers(z, who, ids)
         self.passed.add(zs, zt, y, ids)
-        self.passed.hold("inputs", x if isinstance(x, Tensor) else None)
         if s is not None and t is not None: self.passed.cka.add(s, t)
 
     def _open(self, x, xs):
@@ -614,13 +615,17 @@ def _label_notes(labels:np.ndarray)->list[str]:
     out = [] if len(known) == len(labels) else [f"{len(known)} of {len(labels)} samples have a label; measures of right and wrong are theirs"]
     return out + ([f"all labels are class {known[0]}: accuracies are those of one class"] if len(set(known.tolist())) == 1 else [])
 
-# %% ../nbs/api/08_gaps.ipynb #d96407f3
+# %% ../nbs/api/08_gaps.ipynb #678737a7
+def _token_notes(z:Tensor)->list[str]:
+    "What rows of tokens or pixels mean for the intervals."
+    return [] if z.ndim == 2 else ["a row is a token or a pixel; those of one sample are alike, so the intervals are too narrow"]
+
 def _names_of(class_names, classes:int)->list[str]:
     names = [str(name) for name in (range(classes) if class_names is None else class_names)]
     if len(names) != classes: raise ValueError(f"class_names must hold {classes} names, one for each class; got {len(names)}")
     return names
 
-# %% ../nbs/api/08_gaps.ipynb #bf0b5c37
+# %% ../nbs/api/08_gaps.ipynb #c744750c
 def _result(passed:_Pass, about:dict[str, dict], class_names, bins:int, cka, notes:list)->Gap:
     "The gathered rows as a `Gap`; `about` has name, layers and cost of each side."
     rows = {name: np.concatenate(parts) for name, parts in passed.rows.items()}
@@ -635,7 +640,7 @@ def _result(passed:_Pass, about:dict[str, dict], class_names, bins:int, cka, not
 
 def _watched(watch:_Watch, class_names, bins:int, timed:bool)->Gap:
     "The result of a pass over a loader."
-    notes = []
+    notes = list(watch.notes)
     cka, layers = _cka(watch, notes)
     spent = _costs(watch, timed, notes)
     name = lambda model: getattr(model, "spec", {}).get("net") or type(model).__name__
@@ -650,11 +655,11 @@ def _similarities(passed:_Pass, notes:list)->dict[str, np.ndarray|None]:
         return {"student": None, "teacher": None}
     with np.errstate(invalid="ignore"): return {who: passed.sums[who] / passed.sums["count"][:, None] for who in ("student", "teacher")}
 
-# %% ../nbs/api/08_gaps.ipynb #e726c725
+# %% ../nbs/api/08_gaps.ipynb #1cab1c96
 def compare(
-    student_logits, # (N, C), array or tensor
-    teacher_logits, # (N, C), the same samples
-    labels=None, # (N,) true classes; -100 where there is none
+    student_logits, # (N, C), or (N, ..., C) with a label each; array or tensor
+    teacher_logits, # the same samples
+    labels=None, # (N,) or (N, ...) true classes; -100 where there is none
     *,
     ids:Sequence|None=None, # N names of the samples; row numbers if None
     inputs=None, # (N, ...) to show samples in a report
@@ -667,18 +672,19 @@ def compare(
 )->Gap:
     "The gap between two models whose logits are known."
     zs, zt = (torch.as_tensor(z) for z in (student_logits, teacher_logits))
-    for who, z in (("student", zs), ("teacher", zt)):
-        if z.ndim != 2: raise ValueError(f"{who}_logits must be (N, C), got {tuple(z.shape)}")
-        _check_logits(z, who, len(zt))
+    for who, z in (("student", zs), ("teacher", zt)): _check_logits(z, who, len(zt))
     _check_pair(zs, zt)
     _check_options(T, dark_T, bins)
-    if not len(zt): raise ValueError("there are no samples")
-    y = None if labels is None else _check_labels(torch.as_tensor(labels), (len(zt),), zt.shape[1])
+    y = None if labels is None else _check_labels(torch.as_tensor(labels), tuple(zt.shape[:-1]), zt.shape[-1])
     ids = list(range(len(zt)) if ids is None else ids)
-    if len(ids) != len(zt): raise ValueError(f"ids must hold {len(zt)} names, one for each row, got {len(ids)}")
+    if len(ids) != len(zt): raise ValueError(f"ids must hold {len(zt)} names, one for each sample, got {len(ids)}")
+    notes = _token_notes(zt)
+    if notes: inputs = None # they have another number of rows
+    zs, zt, y, ids = _flatten(zs, zt, y, None, ids)
+    if not ids: raise ValueError("there are no samples, or none that counts")
     for who, z in (("student", zs), ("teacher", zt)): _check_numbers(z, who, ids)
     passed = _Pass(T, dark_T, keep)
     passed.add(zs, zt, y, ids)
     passed.hold("inputs", None if inputs is None else torch.as_tensor(inputs))
     about = {who: {"name": name, "layers": [], "cost": {}} for who, name in zip(("student", "teacher"), names)}
-    return _result(passed, about, class_names, bins, None, [])
+    return _result(passed, about, class_names, bins, None, notes)

@@ -229,11 +229,11 @@ class _Sums:
         every = team.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         return every[0] / self.samples, {name: value / self._terms[name][1] for name, value in zip(names, every[1:])}
 
-# %% ../nbs/api/04_loop.ipynb #3f2ddd51
+# %% ../nbs/api/04_loop.ipynb #ea1443c4
 @torch.no_grad()
 def evaluate(trainer:Trainer)->tuple[dict, dict]: # measures, and the arrays behind them
     "Loss, accuracy and agreement with the teacher on the valid set."
-    run, zs, zt, said, ys, xs, losses = trainer.run, [], [], [], [], [], []
+    run, losses, said, kept = trainer.run, [], [], _Kept()
     alone = any(loss.role == "self" and w != 0 for w, loss in run.objective.terms())
     run.student.eval()
     run.objective.eval()
@@ -242,33 +242,46 @@ def evaluate(trainer:Trainer)->tuple[dict, dict]: # measures, and the arrays beh
             ours, theirs = trainer.see(batch)
             if batch.y is not None or theirs is not None or alone:
                 losses.append((weigh(run.objective, ours, theirs, batch.y, batch.mask)[0], count(batch.x)))
-        zs.append(ours.logits)
-        zt.append(theirs.logits if theirs is not None and isinstance(theirs.logits, Tensor) else None)
-        said.append(None if theirs is None else _top(theirs.logits))
-        ys.append(batch.y)
-        xs.append(batch.x if isinstance(batch.x, Tensor) else None)
-    if not zs: raise ValueError("valid has no batches; leave it out if there is nothing to validate on")
-    whole = lambda parts: None if any(p is None for p in parts) else torch.cat(parts).cpu()
-    zs, zt, said, y, x = map(whole, (zs, zt, said, ys, xs))
-    return trainer.ways.team.told(_measures(losses, zs, said, y)), _outputs(zs, zt, y, x)
+        said.append(_Said(_top(ours), None if theirs is None else _top(theirs), batch.y, batch.mask))
+        kept.add(student=ours.logits, teacher=None if theirs is None else theirs.logits, labels=batch.y, inputs=batch.x)
+    if not said: raise ValueError("valid has no batches; leave it out if there is nothing to validate on")
+    return trainer.ways.team.told(_measures(losses, said)), kept.arrays()
 
-def _top(said:Tensor|tuple)->Tensor:
+class _Said(NamedTuple):
+    "The classes that both models named for one batch."
+    student: Tensor
+    teacher: Tensor|None
+    y: Tensor|None
+    mask: Tensor|None
+
+def _top(seen:Seen)->Tensor:
     "The likeliest class, from logits or from a pair (log_probs, ids)."
-    if isinstance(said, Tensor): return said.argmax(-1)
-    return said[1].gather(-1, said[0].argmax(-1, keepdim=True)).squeeze(-1)
+    if isinstance(seen.logits, Tensor): return seen.logits.argmax(-1)
+    log_probs, ids = seen.logits
+    return ids.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
 
-# %% ../nbs/api/04_loop.ipynb #bc3cfd9c
-def _measures(losses, zs, said, y)->dict:
+# %% ../nbs/api/04_loop.ipynb #3aec6bb0
+def _measures(losses, said:list[_Said])->dict:
     "What the history keeps of an evaluation."
     total = sum(n for _, n in losses)
     out = {"valid_loss": sum(float(v) * n for v, n in losses) / total} if total else {}
-    if y is not None and y.shape == zs.shape[:-1]:
-        known = y != -100
-        out["valid_accuracy"] = float((zs.argmax(-1) == y)[known].float().mean())
-    if said is not None: out["valid_agreement"] = float((zs.argmax(-1) == said).float().mean())
+    hits = [(b.student == b.y)[b.y != -100] for b in said if b.y is not None and b.y.shape == b.student.shape]
+    if len(hits) == len(said): out["valid_accuracy"] = float(torch.cat(hits).float().mean())
+    real = lambda b, same: same[b.mask.bool()] if b.mask is not None and b.mask.shape == same.shape else same # padding says nothing
+    both = [real(b, b.student == b.teacher).reshape(-1) for b in said if b.teacher is not None]
+    if both: out["valid_agreement"] = float(torch.cat(both).float().mean())
     return out
 
-def _outputs(zs, zt, y, x, limit:int=2**22)->dict:
-    "What the widgets draw: logits, labels, and inputs while they are small (4 MiB)."
-    keep = {"student": zs.float(), "teacher": None if zt is None else zt.float(), "labels": y, "inputs": x}
-    return {k: v for k, v in keep.items() if v is not None and v.numel() * v.element_size() <= limit}
+# %% ../nbs/api/04_loop.ipynb #d0dac7c8
+class _Kept:
+    "Arrays of a valid set, each until it is larger than 4 MiB."
+    def __init__(self, limit:int=2**22): self.limit, self._parts = limit, {}
+
+    def add(self, **parts)->None:
+        for name, x in parts.items():
+            held = self._parts.setdefault(name, [])
+            if held is None: continue
+            if isinstance(x, Tensor): held.append((x.float() if x.is_floating_point() and name != "inputs" else x).cpu())
+            if not isinstance(x, Tensor) or sum(p.numel() * p.element_size() for p in held) > self.limit: self._parts[name] = None
+
+    def arrays(self)->dict[str, Tensor]: return {name: torch.cat(held) for name, held in self._parts.items() if held is not None}

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Team', 'assemble', 'part', 'share', 'add_gradients', 'share_buffers', 'gather']
 
-# %% ../nbs/api/04_parallel.ipynb #15f90fd5
+# %% ../nbs/api/04_parallel.ipynb #1748fe5c
 import atexit
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from .calling import count
 
-# %% ../nbs/api/04_parallel.ipynb #582b95df
+# %% ../nbs/api/04_parallel.ipynb #2f6981ac
 class Team:
     "The processes of a run; of one, none of its methods has anything to do."
     def __init__(self, size:int=1, rank:int=0): self.size, self.rank = size, rank
@@ -44,6 +44,16 @@ class Team:
         held = [x]
         dist.broadcast_object_list(held, src=0, device=_device())
         return held[0]
+
+    def first_does(self, action:Callable)->None:
+        "Let the first process do it; what goes wrong there stops all."
+        problem = None
+        if self.first:
+            try: action()
+            except BaseException as e: problem = e
+        said = self.told(problem and f"{type(problem).__name__}: {problem}")
+        if problem is not None: raise problem
+        if said: raise KeyboardInterrupt if said.startswith("KeyboardInterrupt") else RuntimeError(f"the first process stopped: {said}")
 
     def check_same(self, values:dict, what:str)->None:
         "Raise where processes differ."

@@ -368,7 +368,7 @@ def _stages(model, x, forward)->dict[int, list[_Stage]]: # by number of dimensio
     if maps or tokens: found[2] = found[2][-1:]
     return found
 
-# %% ../nbs/api/03_taps.ipynb #cd87f7b8
+# %% ../nbs/api/03_taps.ipynb #83299d59
 def _last(steps:list[_Stage], key:Callable)->list[_Stage]:
     "The last one of each stretch with the same key."
     return [s for s, after in zip(steps, [*steps[1:], None]) if after is None or key(s) != key(after)]
@@ -379,7 +379,7 @@ def _blocks(steps:list[_Stage])->list[_Stage]:
     for s in steps:
         parent, _, number = s.name.rpartition(".")
         if number.isdigit() and len(s.shape) == 2: families.setdefault((parent, s.shape), []).append(s)
-    families = [f for f in families.values() if len(f) > 1]
+    families = [f for f in families.values() if len(f) > 1] or list(families.values()) # a student may have one block
     return max(families, key=lambda f: (-f[0].name.count("."), len(f)), default=[])
 
 # %% ../nbs/api/03_taps.ipynb #3fa274ce

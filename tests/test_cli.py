@@ -93,6 +93,7 @@ def test_python_m_kdlab():
     ("distill --student studnt_mlp", "did you mean 'student_mlp'?"),
     ("distill --task moons --teacher teacher_cnn", "use mlp"),
     ("distill -T 0", "T must be > 0, got 0.0"), ("distill -T nan", "T must be > 0, got nan"),
+    ("distill --device abacus", "device abacus cannot be used: "),
     ("distill --alpha 1.5", "alpha must be between 0 and 1, got 1.5"),
     ("distill --epochs 0", "epochs must be >= 1, got 0"), ("distill --seeds 0", "seeds must be >= 1, got 0")])
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, line, says):

@@ -205,7 +205,7 @@ def test_compare_equals_gap(gap):
 @pytest.mark.parametrize("call, message", [
     (lambda: compare(STUDENT[:5], TEACHER), r"a row for each of the 120 samples.*got \(5, 4\)"),
     (lambda: compare(STUDENT[:, :3], TEACHER), "different classes"),
-    (lambda: compare(STUDENT[0], TEACHER[0]), r"student_logits must be \(N, C\), got \(4,\)"),
+    (lambda: compare(STUDENT[0], TEACHER[0]), r"student's logits must be \(N, C\).*got \(4,\)"),
     (lambda: compare(STUDENT, TEACHER, Y[:3]), "labels must be whole numbers of shape"),
     (lambda: compare(STUDENT, TEACHER, ids=[1]), "ids must hold 120 names"),
     (lambda: compare(STUDENT * np.nan, TEACHER), "student's logits hold NaN"),
@@ -214,6 +214,16 @@ def test_compare_equals_gap(gap):
 ])
 def test_compare_refuses_what_does_not_fit(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_compare_tokens():
+    "A row for each token with a label; pictures of sentences would not fit the rows."
+    shape, y = (12, 10, 4), np.where(np.arange(120) % 10 < 7, Y, -100).reshape(12, 10)
+    g = compare(STUDENT.reshape(shape), TEACHER.reshape(shape), y, inputs=np.zeros((12, 10)))
+    assert g.n == 84 and g.ids[7] == "1:0" and g.inputs is None and "intervals are too narrow" in " ".join(g.notes)
+    keep = np.arange(120) % 10 < 7
+    np.testing.assert_allclose(g.kl, compare(STUDENT[keep], TEACHER[keep]).kl)
+    assert "Class by class" in plain(gap_reports.gap_page(g))
 
 
 # the widget

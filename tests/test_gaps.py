@@ -1,8 +1,10 @@
 """kd.gap: every number against hand-made cases and a numpy float64 reading, the right ids, and models that do not fit."""
 import json
 import random
+import re
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -360,6 +362,41 @@ def test_named_tuples_and_lists():
     Batch = namedtuple("Batch", "x y")
     g = kd.gap(Table(np.eye(3)), Table(np.eye(3)), [Batch(torch.arange(3), torch.tensor([0, 1, 1]))], latency=False)
     assert g.summary()["accuracy"]["teacher"][0] == pytest.approx(2 / 3)
+
+
+HUGGING_FACE = "transformers is not installed: an optional extra, too large for the test machine"
+
+
+def test_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers", reason=HUGGING_FACE)
+    torch.manual_seed(0)
+    make = lambda width, depth: transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=30, hidden_size=width, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=2 * width, num_labels=3,
+        max_position_embeddings=16))
+    student, teacher = make(8, 1), make(16, 2)
+    g = kd.gap(student, teacher, sentences(), layers={"student": "bert.encoder.layer.*", "teacher": "bert.encoder.layer.*"}, latency=False)
+    assert g.cka.shape == (1, 2) and g.ids[0] == "s0" and g.teacher.cost["operations"] > g.student.cost["operations"]
+    assert kd.gap(student, teacher, sentences(), latency=False).cka is not None
+
+
+def test_a_model_of_timm():
+    timm = pytest.importorskip("timm", reason="timm is not installed: an optional extra, and it wants torchvision")
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model(name, num_classes=3, in_chans=1, pretrained=False) for name in ("resnet10t", "resnet18"))
+    loader = DataLoader(TensorDataset(torch.randn(8, 1, 64, 64), torch.arange(8) % 3), 8)
+    g = kd.gap(student, teacher, loader, layers="layer*", latency=False)
+    assert g.cka.shape == (4, 4) and g.teacher.cost["parameters"] > g.student.cost["parameters"]
+
+
+def test_the_guide_distils_from_foreign_code_in_under_15_lines():
+    guide = json.loads((Path(__file__).parents[1] / "nbs/guides/02_foreign_models.ipynb").read_text(encoding="utf-8"))
+    start, end, lines = "## What is in there?", "The history has every term", []
+    cells = [("".join(c["source"]), c["cell_type"]) for c in guide["cells"]]
+    first, last = (next(i for i, (text, _) in enumerate(cells) if text.startswith(mark)) for mark in (start, end))
+    for text, kind in cells[first:last]:
+        if kind == "code": lines += [line for line in text.splitlines() if line.strip()]
+    whole = "\n".join(lines)
+    assert 5 < len(lines) < 15 and all(re.search(word, whole) for word in (r"kd\.pair", r"kd\.Hint\(project", r"kd\.distill"))
 
 
 # which sample is which

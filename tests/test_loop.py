@@ -266,3 +266,27 @@ def test_a_script_that_does_not_know_of_torchrun_is_stopped(monkeypatch):
 def test_ways_are_plain():
     assert Ways(clip=1.).check().written() == {"clip": 1., "accumulate": 1, "precision": "fp32", "processes": 1, "gather": False}
     assert copy.copy(Ways()).team.first
+
+
+# evaluation
+
+def test_padding_says_nothing_about_agreement():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    agree, differ = Tokens(0), Tokens(0)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    with torch.no_grad(): differ.head.bias += torch.tensor([0., 0., 100.])
+    named = torch.where(mask[..., None] > 0, x, 1000.) # in the padding both say what the weights say
+    batch = [{"x": {"x": named, "attention_mask": mask}}]
+    teacher, student = (m(named, mask).argmax(-1) for m in (agree, differ))
+    want = (teacher == student)[mask.bool()].double().mean().item()
+    run = kd.distill(differ, agree, batch, batch, epochs=1, losses=kd.SoftKL(), optimizer=lambda p: torch.optim.SGD(p, 0.), scheduler=None, progress=False)
+    assert run.history[0]["valid_agreement"] == pytest.approx(want)
+
+
+def test_arrays_for_widgets_are_kept_while_they_are_small():
+    small = distill(net(), net(9), epochs=1)
+    assert {k: tuple(v.shape) for k, v in small.outputs.items()} == {"student": (12, 3), "teacher": (12, 3), "labels": (12,), "inputs": (12, 6)}
+    wide = [nn.Sequential(nn.Linear(6, 100_000)) for _ in range(2)]
+    valid = DataLoader(TensorDataset(torch.randn(12, 6), torch.arange(12)), 4)
+    run = kd.distill(*wide, valid, valid, epochs=1, losses=kd.SoftKL(), progress=False)
+    assert set(run.outputs) == {"labels", "inputs"} and 0 <= run.history[0]["valid_accuracy"] <= 1

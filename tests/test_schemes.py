@@ -266,3 +266,192 @@ def test_teachers_are_modules_or_sources(teacher):
     with pytest.raises(TypeError, match="a teacher is a module"): schemes.Teachers([teacher, lambda x: x])
     mean = schemes.Teachers([teacher], mean="logits")
     assert kd.distill(net(), mean, loader(), losses=kd.SoftKL(T=kd.schedules.linear(4, 1)), **OPTIONS).finished
+
+
+# peers
+
+def calm(seed=0, width=8):
+    "A net whose rows do not depend on chance or on each other."
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+
+
+def kl(p, q): return (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_peers_learn_what_the_paper_says(K):
+    z = torch.randn(5, K, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(4, (5,))
+    loss = schemes.FromPeers(kd.ForwardKL())(z) + schemes.EachPeer(kd.CrossEntropy())(z, None, y)
+    loss.backward()
+    for k in range(K): # equation 6 with 5: each student has a loss of its own, in which the others are constants
+        own = z[:, k].detach().requires_grad_()
+        mine = nn.functional.cross_entropy(own, y) + sum(kl(z[:, j].detach(), own) for j in range(K) if j != k) / (K - 1)
+        torch.testing.assert_close(z.grad[:, k], torch.autograd.grad(mine, own)[0])
+
+
+def test_a_run_of_peers_is_the_loop_that_one_would_write(teacher):
+    x, y = data().tensors
+    batches, teach = list(zip(x.split(16), y.split(16))), kd.frozen(teacher)
+    for t in (None, teacher):
+        students = [calm(0), calm(1, 12)]
+        schemes.mutual(students, batches, teacher=t, epochs=2, lr=.01, scheduler=None, progress=False)
+        mine = [calm(0), calm(1, 12)]
+        optimizers = [torch.optim.Adam(m.parameters(), lr=.01) for m in mine]
+        for x_, y_ in batches * 2:
+            z = [m(x_) for m in mine]
+            losses = [nn.functional.cross_entropy(z[k], y_) + kl(z[1 - k].detach(), z[k]) for k in (0, 1)]
+            if t is not None: losses = [loss + 16 * kl(teach(x_) / 4, z[k] / 4) for k, loss in enumerate(losses)]
+            for loss, optimizer in zip(losses, optimizers):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        for a, b in zip(students, mine): alike(a, b)
+
+
+def test_mutual_learning_is_symmetric():
+    run = lambda *seeds: schemes.mutual([calm(s) for s in seeds], loader(), epochs=3, progress=False).student.students
+    (a, b), (c, d) = run(0, 1), run(1, 0)
+    alike(a, d), alike(b, c)
+    one, other = run(2, 2)
+    assert fingerprint(one) == fingerprint(other) != fingerprint(calm(2)) # twins stay twins
+
+
+def test_the_cohort_is_one_student_for_the_run(teacher, tmp_path):
+    cohort = lambda **o: schemes.mutual([net(0), net(1, 12)], loader(), loader(seed=2), **OPTIONS | o)
+    run = cohort()
+    x = data(seed=2).tensors[0]
+    mean = torch.stack([kd.frozen(s)(x).softmax(-1) for s in run.student.students]).mean(0)
+    torch.testing.assert_close(kd.frozen(run.student)(x).exp(), mean)
+    assert set(run.history[0]["terms"]) == {"EachPeer all", "FromPeers all"} and "valid_accuracy" in run.history[0]
+    kd.show(run), kd.show(cohort(teacher=teacher))
+
+    def stop(run):
+        if run.epoch == 1: raise KeyboardInterrupt
+
+    cohort(out=tmp_path, callbacks=[stop])
+    resumed = cohort(out=tmp_path, resume=True)
+    assert fingerprint(resumed.student) == fingerprint(run.student) and plain(resumed) == plain(run)
+    back = kd.load(tmp_path, schemes.Peers([net(5), net(6, 12)]))
+    assert fingerprint(back.student) == fingerprint(run.student)
+
+
+def test_peers_learn_from_each_other_without_labels(teacher):
+    students = [calm(0), calm(1)]
+    x = data(seed=7).tensors[0]
+    apart = lambda: kl(*(kd.frozen(s)(x) for s in students)).item()
+    before = apart()
+    run = schemes.mutual(students, loader(labels=False), epochs=20, lr=.02, progress=False)
+    assert apart() < 0.2 * before and any("without labels" in note for note in run.notes)
+
+
+def test_the_teacher_of_peers_may_be_anything(teacher, tmp_path):
+    samples = kd.tasks.Samples(*data().tensors, torch.arange(64))
+    numbered = kd.tasks.loader(samples, 16, ids=True)
+    cache, top = (kd.cache.store(teacher, numbered, tmp_path / str(k), top_k=k, T=4. if k else 1.) for k in (None, 2))
+    run = lambda t, **o: schemes.mutual([calm(0), calm(1)], numbered, numbered, teacher=t, **OPTIONS | o)
+    by_model, by_cache, by_team = (run(t) for t in (teacher, cache, schemes.Teachers([teacher])))
+    assert fingerprint(by_model.student) == fingerprint(by_cache.student) and by_model.plan["teacher"] == cache.plan["teacher"]
+    alike(by_team.student, by_model.student)
+    assert run(top, taught=kd.SparseForwardKL(T=4.)).finished
+    with pytest.raises(ValueError, match="use kd.SparseForwardKL"): run(top)
+    with pytest.raises(ValueError, match="another temperature"): run(schemes.Teachers([teacher], T=2.))
+
+
+def test_weights_and_losses_of_peers(teacher):
+    run = schemes.mutual([calm(0), calm(1)], loader(), teacher=teacher, labels=.5 * kd.CrossEntropy(), peers=2 * kd.JSD(.5),
+                         taught=.1 * kd.SoftKL(T=2) + kd.DKD(), **OPTIONS)
+    weights = [w for w, _ in run.objective.terms()]
+    assert weights == [.5, 2, .1, 1]
+    halved = schemes.mutual([calm(0), calm(1)], loader(), peers=0 * kd.ForwardKL(), **OPTIONS).student.students
+    alone = kd.distill(calm(0), None, loader(), **OPTIONS).student
+    alike(halved[0], alone)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (lambda t: schemes.mutual([calm()], loader()), "two or more different"),
+    (lambda t: schemes.mutual([t, t], loader()), "two or more different"),
+    (lambda t: schemes.mutual([calm(), calm(1)], loader(), taught=kd.SoftKL()), "pass teacher="),
+    (lambda t: schemes.mutual([calm(), nn.Linear(6, 4)], loader(), **OPTIONS), "one shape"),
+    (lambda t: schemes.FromPeers(kd.ForwardKL())(torch.zeros(3, 4)), "needs what all peers say"),
+    (lambda t: schemes.EachPeer(kd.CrossEntropy() + kd.SoftKL()), "a single loss is wanted"),
+])
+def test_wrong_cohorts(teacher, wrong, says):
+    with pytest.raises(ValueError, match=says): wrong(teacher)
+
+
+# its own teacher
+
+class Tokens(nn.Module):
+    def __init__(self): super().__init__(); torch.manual_seed(0); self.embed, self.mix, self.head = nn.Linear(1, 5), nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x): return self.head(self.mix(self.embed(x.unsqueeze(-1)).tanh()).tanh().mean(1))
+
+
+def test_exits_fit_maps_tokens_and_vectors():
+    x = torch.rand(4, 1, 8, 8)
+    maps = schemes.Exits(kd.nets.cnn((4, 6), 8), ["relu1", "relu2", "relu"], x)
+    with kd.Taps(maps.model, ["relu2"]) as taps:
+        maps.model(x)
+        want = maps.exits[1].head(taps["relu2"].mean((2, 3)))
+    every = maps.every(x)
+    torch.testing.assert_close(every[1], want)
+    assert [z.shape for z in every] == [(4, 10)] * 4 and torch.equal(every[3], maps.model(x)) and torch.equal(maps(x), every[3])
+    rows = schemes.Exits(Tokens(), ["embed", "mix"], torch.rand(2, 6))
+    assert [e.head.in_features for e in rows.exits] == [5, 7] and [z.shape for z in rows.every(torch.rand(2, 6))] == [(2, 3)] * 3
+    state = torch.get_rng_state()
+    twins = [schemes.Exits(Tokens(), ["embed"], torch.rand(2, 6), seed=s) for s in (0, 0, 1)]
+    assert fingerprint(twins[0]) == fingerprint(twins[1]) != fingerprint(twins[2])
+    assert not any(m._forward_hooks for m in twins[0].modules()) and copy.deepcopy(twins[0]) is not None and state is not None
+
+
+def exits(): return schemes.Exits(Tokens(), ["embed", "mix"], data().tensors[0])
+
+
+def test_early_exits_minimise_the_papers_objective():
+    x, y = data().tensors
+    run = schemes.early_exits(exits(), [(x, y)], [(x, y)], T=3., alpha=.3, epochs=1, progress=False)
+    *early, z = kd.frozen(run.student, lambda m, x: m.every(x))(x)
+    ce = nn.functional.cross_entropy
+    want = ce(z, y) + sum(.7 * ce(e, y) + .3 * 9 * kl(z / 3, e / 3) for e in early)
+    assert run.history[0]["valid_loss"] == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_the_head_learns_nothing_from_the_exits():
+    z = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    loss = schemes.FromItself(kd.SoftKL(T=3))
+    loss(tuple(z)).backward()
+    assert z[0].grad.abs().sum() > 0 and z[1].grad is None
+    torch.testing.assert_close(loss(tuple(z)), 9 * kl(z[1].detach() / 3, z[0] / 3))
+
+
+def test_early_exits_need_neither_teacher_nor_labels(tmp_path):
+    run = lambda **o: schemes.early_exits(exits(), loader(), loader(seed=2), **OPTIONS | o)
+    whole = run()
+    assert list(whole.history[0]["terms"]) == ["CrossEntropy", "CrossEntropy exits.0", "CrossEntropy exits.1", "FromItself exits.0+model",
+                                               "FromItself exits.1+model"]
+    assert list(run(alpha=0.).history[0]["terms"]) == ["CrossEntropy", "CrossEntropy exits.0", "CrossEntropy exits.1"]
+    kd.show(whole)
+
+    def stop(run): raise KeyboardInterrupt
+
+    run(out=tmp_path, callbacks=[stop])
+    assert fingerprint(run(out=tmp_path, resume=True).student) == fingerprint(whole.student)
+    student = exits()
+    head = fingerprint(student.model.head)
+    schemes.early_exits(student, loader(labels=False), **OPTIONS)
+    assert fingerprint(student.model.head) == head # nothing to learn for it without labels
+
+
+def test_exits_of_a_model_that_has_its_own():
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(0); self.body, self.exit, self.head = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x): h = self.body(x).relu(); return {"logits": self.head(h), "early": self.exit(h)}
+
+    run = schemes.early_exits(Own(), loader(), exits=["exit"], head="head", **OPTIONS)
+    assert "FromItself exit+head" in run.history[0]["terms"]
+    with pytest.raises(ValueError, match="exits= names the layers"): schemes.early_exits(Own(), loader())
+    with pytest.raises(ValueError, match="alpha must be"): schemes.early_exits(exits(), loader(), alpha=2)
+    with pytest.raises(ValueError, match="compares two outputs"): schemes.FromItself(kd.SoftKL())(torch.zeros(2, 3))

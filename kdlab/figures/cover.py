@@ -147,7 +147,7 @@ def _paths(now, start):
                         marker=dict(color=look["color"], size=(11 * dots[:-1]).tolist())))
     return out
 
-# %% ../../nbs/api/figures/14_cover.ipynb #dd61c4b8
+# %% ../../nbs/api/figures/14_cover.ipynb #6db5fb88
 def cover_figure(
     now:dict,  # from `cover_numbers`
     start:int=0,  # which of the starts is shown strongly
@@ -169,7 +169,7 @@ def cover_figure(
         xaxis2=dict(domain=[left, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.57, 1], anchor="x2", **path),
         xaxis3=dict(domain=[left, 1], anchor="y3", title_text="step", **steps),
         yaxis3=dict(domain=[0, 0.43], anchor="x3", **path))
-    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: the mean from every start": (left, 1.02),
+    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (left, 1.02),
               "Reverse KL": (left, 0.45)}
     legend = dict(orientation="h", x=0, y=-0.09, yanchor="top", font_size=15)
     return go.Figure([*_densities(now, start), *_paths(now, start)],

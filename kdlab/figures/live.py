@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from .kit import INK, layout, series
 
-# %% ../../nbs/api/figures/42_live.ipynb #8b6ad45b
+# %% ../../nbs/api/figures/42_live.ipynb #2c26d8b1
 CURVES = (  # key in the history, name, panel
     ("train_loss", "loss in training", ""), ("valid_loss", "loss in validation", ""),
     ("valid_accuracy", "accuracy", "2"), ("valid_agreement", "agreement with the teacher", "2"))
@@ -52,7 +52,7 @@ def live_figure(
     frame = layout(
         380, {"Loss": (0, 1.02), "On the validation set": (0.56, 1.02)}, xaxis=x | dict(domain=[0, 0.44]),
         xaxis2=x | dict(domain=[0.56, 1]), yaxis=loss, yaxis2=dict(range=[0, 102], title_text="%", anchor="x2"), showlegend=True,
-        legend=dict(orientation="h", x=0, y=-0.2, font_size=15), margin=dict(l=78, r=16, t=40, b=100))
+        legend=dict(orientation="h", x=0, y=-0.25, font_size=15), margin=dict(l=78, r=16, t=40, b=105))
     return go.Figure([*traces, star], frame)
 
 

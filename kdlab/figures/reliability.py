@@ -254,7 +254,7 @@ def reliability_figure(
     low, width = size + 0.2, 1.5 * w * MISTAKES
     axes = _axes(curves, size, low, width)
     axes["yaxis5"]["range"] = [1.6 * h - 0.5, -0.5] if h else [2, 0]
-    titles = {"What happens where it says so": (0, 1.015), "Log loss (dashed: the half that chooses T)": (0.58, 1.015),
+    titles = {"What happens where it says so": (0, 1.015), "Log loss (dashed: chooses T)": (0.58, 1.015),
               "ECE (upright: the best T)": (0.58, low + 0.435 * (1 - low)),
               "The most confident mistakes": (0, size + 0.01)}
     best = float(np.clip(curves["best"], 0.25, 4))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #012e63dc
+# %% ../../nbs/api/losses/00_losses.ipynb #01128f6d
 from .objective import Loss, Objective, Part
 from .divergences import (
     CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
@@ -16,6 +16,7 @@ from .decoupled import DKD
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .maps import (
     ActivationBoundary, FactorTransfer, Fourier, FSP, HierarchicalContext, ICKD, Imitation, NST, Overhaul)
+from .trained import CRD, MGD, ReviewKD, SemCKD, SimKD, SRRL, VID
 from .tokens import AttentionMap, LSH, TokenRelation
 from .relations import (
     CKA, CorrelationCongruence, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity, SimilarityKL)
@@ -24,7 +25,7 @@ from .linear import (
     LinearTotalVariation)
 from .sparse import SparseForwardKL, SparseReverseKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #2393872d
+# %% ../../nbs/api/losses/00_losses.ipynb #67c8cbb8
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE",
            "LinearForwardKL", "LinearJSD", "LinearReverseKL", "LinearSkewKL", "LinearSkewReverseKL",
@@ -33,4 +34,5 @@ __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "
            "SoftSpearman", "Standardized", "TeacherFree",
            "ActivationBoundary", "FactorTransfer", "Fourier", "FSP", "HierarchicalContext", "ICKD", "Imitation", "NST", "Overhaul",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
-           "AttentionMap", "LSH", "TokenRelation", "CKA", "CorrelationCongruence", "SimilarityKL", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]
+           "AttentionMap", "LSH", "TokenRelation", "CRD", "MGD", "ReviewKD", "SemCKD", "SimKD", "SRRL", "VID",
+           "CKA", "CorrelationCongruence", "SimilarityKL", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/schemes/00_schemes.ipynb #1ef41785
+# %% ../../nbs/api/schemes/00_schemes.ipynb #a378dfa9
 from .chains import Runs, Stage, born_again, follow, stage_wise, teacher_assistants
+from .itself import Exits, FromItself, early_exits
+from .peers import EachPeer, FromPeers, Peers, mutual
 from .teachers import Teachers
 
-# %% ../../nbs/api/schemes/00_schemes.ipynb #62692348
-__all__ = ["Runs", "Stage", "Teachers", "born_again", "follow", "stage_wise", "teacher_assistants"]
+# %% ../../nbs/api/schemes/00_schemes.ipynb #8353afce
+__all__ = ["EachPeer", "Exits", "FromItself", "FromPeers", "Peers", "Runs", "Stage", "Teachers", "born_again", "early_exits",
+           "follow", "mutual", "stage_wise", "teacher_assistants"]

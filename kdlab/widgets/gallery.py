@@ -16,7 +16,7 @@ from ..figures import kit as figures
 from ..figures import stored
 from .kit import KDWidget
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #ead1e48e
+# %% ../../nbs/api/widgets/50_gallery.ipynb #e3e94931
 def _of_one_teacher():
     a = stored.load()
     return dict(logits=a["teacher"][0], images=a["images"], labels=a["labels"])
@@ -33,7 +33,7 @@ def _of_a_run():
     teacher = kd.nets.student_mlp()
     kd.distill(teacher, None, task.loaders().train, epochs=5, progress=False)
     few = task.few(per_class=4).loaders()
-    return dict(student=kd.nets.student_mlp(), teacher=teacher, train=few.train, valid=few.valid, epochs=20)
+    return dict(student=kd.nets.student_mlp(), teacher=teacher, train=few.train, valid=few.valid, epochs=60)
 
 # %% ../../nbs/api/widgets/50_gallery.ipynb #6bf3f133
 class Exhibit(NamedTuple):
@@ -61,7 +61,7 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #bbe48809
+# %% ../../nbs/api/widgets/50_gallery.ipynb #0f8f509f
 _FIRST = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
@@ -83,6 +83,11 @@ _FIRST = (
             "accuracy?",
             "Share of the loss and share of the push are not the same. The temperature moves accuracy by points; from T = 4 on "
             "alpha hardly matters, up to the last row, where no teacher is left."),
+    Exhibit("simplex", "Simplex", "What do cross-entropy, forward KL, reverse KL, JS and MSE prefer?",
+            "The student is sure of the wrong class. Which of the five losses brings it to the teacher first, and which does not "
+            "bring it there at all?",
+            "Cross-entropy with the label runs past the teacher into the corner; the other four end at the teacher, by different "
+            "ways. From a student that is sure and wrong forward KL falls at once, JS and MSE start on a plateau."),
     Exhibit("cover", "CoveringOrSeeking", "Forward or reverse KL, when the student is too small for its teacher?",
             "The teacher has two peaks, the student is one Gaussian. Where will forward KL put it, and where reverse KL? Does the "
             "start matter?",
@@ -109,6 +114,10 @@ _FIRST = (
             "It is right in 94 of 100 cases. When it says 99%, may you believe it? Can a temperature after training change "
             "its accuracy?",
             "One number, found on other examples, repairs most of what is wrong with the confidence and changes no answer."),
+    Exhibit("distillery", "Distillery", "What does a student with few labels gain from a teacher, and from which points?",
+            "Set the points without label to 0: how much of the gain is left? Then give them back and set T to 1.",
+            "Here the gain is coverage: the teacher labels the points that nobody labelled, and its softness adds nothing that "
+            "five seeds can tell. On images with ten classes softness counts as well."),
     Exhibit("transfer", "TransferSet", "How much and which data does it take to copy a teacher?",
             "How often does a student agree with its teacher that saw 1000 images of pure noise?",
             "Far more often than by chance, and far less often than one that saw 100 real images; blends and shifted copies "
@@ -128,7 +137,8 @@ _LAST = (
             action="measure"),
     Exhibit("live", "LiveRun", "When has a student learnt what it can?",
             "Which goes on rising longer: the accuracy, or the agreement with the teacher?",
-            "On forty images the loss in training goes on falling long after the validation curves have flattened. Stop there.",
+            "Both flatten together, and the agreement stays above the accuracy: the student copies its teacher, mistakes included. The "
+            "curves on the validation set, not the loss in training, say when to stop.",
             _of_a_run, "train"),
 )
 EXHIBITS = (*_FIRST, *_LAST)

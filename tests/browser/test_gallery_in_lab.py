@@ -13,7 +13,6 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kdlab.widgets.gallery import EXHIBITS
 from lab import ROOT, SHOTS, Record, Traffic, free_port, need
 
-COMPUTES = {x.module for x in EXHIBITS if x.action}
 SHOWN = len(EXHIBITS) + 1  # and the challenge
 WIDGET = ".kd-widget:not(.kd-widget .kd-widget)"
 LOCAL = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
@@ -49,7 +48,7 @@ def test_the_keyboard_moves_each_widget(book, i):
     control.focus()
     shown = f"""i => {{ const w = document.querySelectorAll('{WIDGET}')[i], p = w.querySelector('.js-plotly-plot');
         const parts = p.data.map(d => [d.x, d.y, d.z, d.marker?.color]);
-        return w.querySelector('.kd-text').textContent + JSON.stringify([parts, p.layout.shapes ?? []]) }}"""
+        return w.querySelector('.kd-text').textContent + JSON.stringify([parts, p.layout.shapes, p.layout.yaxis?.type]) }}"""
     before = page.evaluate(shown, i)
     kind = control.evaluate("e => e.type")
     at_end = kind == "range" and control.evaluate("e => e.value === e.max")
@@ -81,7 +80,7 @@ def test_a_run_is_drawn_while_it_trains(book):
     book.page.wait_for_function(f"i => ({said})(i).startsWith('Epoch ')", arg=i, timeout=60_000)
     book.page.wait_for_function(f"i => ({said})(i).includes('The run is finished')", arg=i, timeout=120_000)
     plot = book.page.evaluate(f"i => document.querySelectorAll('{WIDGET}')[i].querySelector('.js-plotly-plot').data[0].x", i)
-    assert plot[-1] == 20 and plot == sorted(plot)
+    assert plot[-1] == 60 and plot == sorted(plot)
 
 
 def test_a_reload_keeps_all_traces(book, lab):

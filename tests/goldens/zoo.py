@@ -1,4 +1,4 @@
-"""What the losses on maps, on tokens and between samples are worth, written a second time: numpy, float64, no kdlab and no torch.
+"""What the losses on maps, on tokens, between samples and behind small networks are worth, written a second time: numpy, float64, no kdlab and no torch.
 
 `python tests/goldens/zoo.py` writes zoo.json beside it. Gradients are complex steps: with no difference of near numbers
 they are exact to rounding, and they need nothing but the formula of the value.
@@ -28,6 +28,12 @@ H, G, Q = new(B, 4, 6), new(B, 4, 6), new(B, 4, 8)  # hidden states of the stude
 PLANES, BIAS = new(9, 6), new(9)
 A, R = new(B, 2, 4, 4), 2 * new(B, 2, 4, 4)  # attention scores
 TOKENS = np.array([[True] * 4, [True, True, True, False], [False] * 4])
+
+VARIANCE = np.array([0.7, 2.5])
+HEAD = 2 * new(4, 3)  # a classifier
+APART, QUERY, KEY = new(4, 2, 3)**2, new(4, 2, 5), new(4, 3, 5)  # of layers: 2 of the student, 3 of the teacher
+PAIR, OTHERS, LOG_MEAN = 3 * new(4), 3 * new(4, 6), 0.4
+X = new(6, 4)  # vectors of a teacher as wide as the student
 
 # tools that let complex numbers through
 
@@ -178,6 +184,34 @@ def token_relation(heads=2, scale=True):
     return value
 
 
+# behind small networks: what is computed from what they gave
+
+def vid(s, t): return mean(((t - s)**2 / VARIANCE[:, None, None] + np.log(VARIANCE[:, None, None])) / 2)
+def free_softmax(x): return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+
+def srrl(by, beta=2.0):
+    def value(s, t, mask=None):
+        z = s @ HEAD
+        w = t @ HEAD
+        if by == "logits": regression = ((z - w)**2).mean(1)
+        else: regression = -(free_softmax(w) * np.log(free_softmax(z))).sum(1)
+        return (((s - t)**2).mean(1) + beta * regression).mean()
+    return value
+
+
+def semckd(apart, keys):
+    attention = free_softmax(unit(QUERY) @ unit(keys).transpose(0, 2, 1))
+    return (attention * apart).sum((1, 2)).mean() / 2
+
+
+def contrast(pair, others, noise=6.0):
+    "h = e^a / (e^a + K · mean), right for the pair and wrong for the others."
+    noise = noise * np.exp(LOG_MEAN)
+    h, g = (np.exp(x) / (np.exp(x) + noise) for x in (pair, others))
+    return (-np.log(h) - np.log(1 - g).sum(1)).mean()
+
+
 # reductions
 
 def over_samples(rows, mask=MASK): return rows[mask].mean()
@@ -200,10 +234,10 @@ def gradient(f, s, h=1e-30):
     return out
 
 
-def entry(f, s=S, t=Z, symmetric=False, whole=False, tokens=False, entries=None, **wrong):
+def entry(f, s=S, t=Z, symmetric=False, whole=False, tokens=False, masks=True, entries=None, **wrong):
     "Value, gradient, and the values of the usual mistakes."
     value = f if whole else lambda a, b, mask=MASK: over_samples(f(a, b), mask)
-    mistakes = {"no mask": value(s, t, np.ones(TOKENS.shape if tokens else len(s), bool))} | wrong
+    mistakes = {"no mask": value(s, t, np.ones(TOKENS.shape if tokens else len(s), bool))} | wrong if masks else wrong
     if not symmetric and s.shape == t.shape: mistakes["arguments swapped"] = value(t, s)
     if entries: mistakes["sum over entries"] = entries * value(s, t)
     out = {"value": value(s, t), "gradient": gradient(lambda x: value(x, t), s), "wrong": mistakes}
@@ -257,8 +291,23 @@ def goldens():
         "token_relation": entry(token_relation(), H, Q, whole=True, tokens=True, entries=2, **{
             "not scaled": token_relation(scale=False)(H, Q), "one head": token_relation(1)(H, Q)}),
     }
+    two = srrl("logits")(V, X)
+    losses |= {
+        "vid": entry(vid, symmetric=True, entries=40, **{"deviation in place of variance": over_samples(mean(
+            ((Z - S)**2 / VARIANCE[:, None, None]**2 + 2 * np.log(VARIANCE[:, None, None])) / 2)), "hint": squares}),
+        "srrl": entry(srrl("logits"), V, X, whole=True, symmetric=True, masks=False, **{
+            "beta 1": srrl("logits", 1.0)(V, X), "softmax": srrl("softmax")(V, X)}),
+        "srrl softmax": entry(srrl("softmax"), V, X, whole=True, masks=False, logits=two),
+        "semckd": entry(lambda s, t, mask=None: semckd(s, t), APART, KEY, whole=True, masks=False, **{
+            "mean over pairs": APART.mean(), "softmax over student layers": (np.exp(unit(QUERY) @ unit(KEY).transpose(0, 2, 1))
+            / np.exp(unit(QUERY) @ unit(KEY).transpose(0, 2, 1)).sum(1, keepdims=True) * APART).sum((1, 2)).mean() / 2}),
+        "contrast": entry(lambda s, t, mask=None: contrast(s, t), PAIR, OTHERS, whole=True, masks=False, **{
+            "no constant": contrast(PAIR, OTHERS, 1.0), "mean over the others": (
+                contrast(PAIR, OTHERS) - contrast(PAIR, OTHERS[:, :0])) / 6 + contrast(PAIR, OTHERS[:, :0])}),
+    }
     inputs = dict(student=S, teacher=Z, wide=WIDE, student2=S2, teacher2=Z2, gamma=GAMMA, beta=BETA, where=WHERE, mask=MASK, vectors=V, wider=U, samples=SAMPLES, hidden=H, hidden_teacher=G, hidden_wider=Q,
-                  planes=PLANES, bias=BIAS, scores=A, scores_teacher=R, tokens=TOKENS,
+                  variance=VARIANCE, head=HEAD,
+                  apart=APART, query=QUERY, key=KEY, equal=X, pair=PAIR, others=OTHERS, log_mean=LOG_MEAN, planes=PLANES, bias=BIAS, scores=A, scores_teacher=R, tokens=TOKENS,
                   margins=margins())
     return {"inputs": inputs, "losses": losses}
 
