@@ -21,10 +21,11 @@ test: $(VENV)/.built  ## set up and run everything: unit tests, notebooks, brows
 
 setup: $(VENV)/.built  ## make the virtual environment and build the extension
 
-export: $(VENV)/.built  ## notebooks -> package, command-line table and README; then clean the notebooks
+export: $(VENV)/.built  ## notebooks -> package, command-line table, README, table of losses; then clean the notebooks
 	@$(BIN)/nbdev-export
 	@$(BIN)/python -m kdlab.cli_export
 	@$(BIN)/python docs/readme.py
+	@$(BIN)/python docs/loss_table.py
 	@$(BIN)/nbdev-clean
 
 widget-data: $(VENV)/.built  ## make the runs that the widgets show (5 seeds, a few minutes)
@@ -35,6 +36,8 @@ gallery: $(VENV)/.built  ## every widget as a page that opens from disk, in gall
 
 bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compile
 	@$(BIN)/python benchmarks/soft_kl.py
+	@$(BIN)/python benchmarks/linear.py
+	@$(BIN)/python benchmarks/features.py
 
 gpu: $(VENV)/.built  ## on a machine with a GPU: test, sanitize and time the CUDA kernels
 	@$(BIN)/python benchmarks/gpu.py

@@ -104,14 +104,15 @@ def _disagreements(gap:Gap, images)->str:
                  "Below the diagonal the teacher is surer of the true class than the student is. The numbers are ids of samples." + part,
                  [kit.choice("which", "Examples", CHOICES)], {"which": "all"}, states)
 
-# %% ../nbs/api/11_gap_reports.ipynb #52f1f323
+# %% ../nbs/api/11_gap_reports.ipynb #966c3c13
 def _blocks(gap:Gap, images)->list[str]:
     "The figures that this gap has."
     out, names = [], gap.classes
     if gap.labelled.any():
         parts, both = gap.per_class(), [gap.calibration(who) for who in ("teacher", "student")]
         out += [block("Class by class", class_figure(parts, names), class_sentence(parts, names),
-                      "In brackets: samples. Whiskers: 95% intervals. Diamonds: differences whose interval leaves zero out."),
+                      "In brackets: samples. Whiskers: 95% intervals. Diamonds: differences whose interval leaves zero out; "
+                      "of twenty intervals one is off by chance."),
                 _disagreements(gap, images),
                 block("Does it know when it does not know?", calibration_figure(*both), calibration_sentence(*both),
                       "Dotted: an honest model. Hatched bins said more than they had right. Whiskers: 95% intervals.")]
@@ -142,11 +143,11 @@ def _row(cells, tag:str="td")->str:
     first, *rest = (escape(str(cell)) for cell in cells)
     return f'<tr><th scope="row">{first}</th>' + "".join(f"<{tag}>{cell}</{tag}>" for cell in rest) + "</tr>"
 
-# %% ../nbs/api/11_gap_reports.ipynb #b93ce71c
+# %% ../nbs/api/11_gap_reports.ipynb #bc94f77d
 def _measures(gap:Gap)->str:
     "The table of all measures."
     table = gap.table()
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    heads = "".join(f'<th scope="col">{escape(name or "measure")}</th>' for name in table.columns)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in gap.notes)
     return (f'<section><h2>Measures</h2><div class="scroll"><table class="measures"><caption>With 95% intervals (latency: quartiles)</caption>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"".join(_row(row) for row in table)}</tbody></table></div>{notes}</section>')

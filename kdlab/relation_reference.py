@@ -38,7 +38,7 @@ def stable_similarity(G:Tensor, H:Tensor, keep:Tensor|None=None)->Tensor:
     d = unit(G) - unit(H)
     return total((d * d).flatten()) / pairs(G, keep)
 
-# %% ../nbs/api/03_relation_reference.ipynb #fd619484
+# %% ../nbs/api/03_relation_reference.ipynb #f87597c2
 def rkd_distance(
     student:Tensor, # features, (B, n)
     teacher:Tensor, # features, (B, m)
@@ -49,11 +49,11 @@ def rkd_distance(
         return d / d[d > 0].mean()
     return F.smooth_l1_loss(distances(student), distances(teacher))
 
-def squared_distances(G:Tensor)->tuple[Tensor, Tensor]:
-    "|x_i - x_j|² from a Gram matrix, 1 where it is zero; and where that is."
+def squared_distances(G:Tensor, rows:slice=slice(None))->tuple[Tensor, Tensor]:
+    "|x_i - x_j|² from a Gram matrix, for the rows i asked for, 1 where it is zero; and where that is."
     own = G.diagonal()
-    size = own.unsqueeze(0) + own.unsqueeze(1)
-    square = size - 2 * G
+    size = own.unsqueeze(0) + own[rows].unsqueeze(1)
+    square = size - 2 * G[rows]
     same = square <= 64 * torch.finfo(G.dtype).eps * size
     return square.masked_fill(same, 1), same
 

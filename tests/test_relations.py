@@ -3,6 +3,8 @@ import copy
 import inspect
 import math
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -130,9 +132,45 @@ def test_accurate_where_the_student_has_nearly_converged(case, backend):
     s = t + 1e-3 * features(9, 12, seed=1)
     want, grad = value_and_grad(lambda x: definition(x, t.double()), s.double())
     got, got_grad = value_and_grad(lambda x: f(x, t, backend=backend), s)
-    loose = 1e-3 if case == "similarity" else 2e-6 # its Gram matrix is made in float32
-    torch.testing.assert_close(got.double(), want, rtol=loose, atol=0)
-    assert grad_error(got_grad, grad) <= loose
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+    assert grad_error(got_grad, grad) <= 2e-6
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_similarity_of_long_features_near_convergence(gap, dtype):
+    t = features(16, 5000, seed=2, dtype=dtype)
+    s = (t.float() + gap * features(16, 5000, seed=1)).to(dtype)
+    want, grad = value_and_grad(lambda x: reference.similarity(x, t.double()), s.double())
+    mask = torch.ones(16, dtype=torch.bool)
+    for options in ({}, {"mask": mask}):
+        got, got_grad = value_and_grad(lambda x: similarity(x, t, **options), s)
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+        assert grad_error(got_grad, grad) <= max(2e-6, ROUNDING[dtype])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("loss, shape, most", [
+    ("rkd_angle", (256, 512), 6), ("similarity", (32, 400_000), 4), ("rkd_distance", (32, 400_000), 5), ("pkt", (32, 400_000), 5),
+    ("cka", (32, 400_000), 5)])
+def test_memory_beside_the_gradient(loss, shape, most):
+    "Megabytes: pieces and matrices of pairs; nothing of the features' size."
+    code = f"""
+import ctypes, torch, kdlab as kd
+torch.set_num_threads(1)
+f = kd.functional.{loss}
+s, t = torch.randn{shape}.requires_grad_(), torch.randn{shape}
+def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+for _ in range(2): torch.autograd.grad(f(s, t), s)
+kd.empty_cache()
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+torch.autograd.grad(f(s, t), s)
+print(peak() - before - s.nbytes / 2**20)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= most
 
 
 def test_they_are_not_the_usual_mistakes():

@@ -21,7 +21,6 @@ inline F64 abs(F64 a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
 
 inline F64 low_half(F32 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 inline F64 high_half(F32 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
-inline F32 join(F64 low, F64 high) { return _mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low)); }
 inline double sum_of(F64 x) {
     __m128d y = _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1);
     return y[0] + y[1];

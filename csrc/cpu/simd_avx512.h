@@ -20,9 +20,6 @@ inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 inline F64 abs(F64 a) { return _mm512_abs_pd(a); }
 inline F64 low_half(F32 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 inline F64 high_half(F32 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
-inline F32 join(F64 low, F64 high) {
-    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
-}
 inline double sum_of(F64 x) { return _mm512_reduce_add_pd(x); }
 inline float max_of(F32 x) { return _mm512_reduce_max_ps(x); }
 inline double max_of(F64 x) { return _mm512_reduce_max_pd(x); }

@@ -11,7 +11,6 @@ inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 inline F64 to_float(I64 x) { return __builtin_convertvector(x, F64); }
 inline F64 low_half(F32 x) { return F64{x[0], x[1]}; }
 inline F64 high_half(F32 x) { return F64{x[2], x[3]}; }
-inline F32 join(F64 low, F64 high) { return F32{float(low[0]), float(low[1]), float(high[0]), float(high[1])}; }
 inline double sum_of(F64 x) { return x[0] + x[1]; }
 #else
 typedef float F32;
@@ -22,7 +21,6 @@ inline F32 to_float(I32 x) { return static_cast<float>(x); }
 inline F64 to_float(I64 x) { return static_cast<double>(x); }
 inline F64 low_half(F32 x) { return x; }
 inline F64 high_half(F32) { return 0; }
-inline F32 join(F64 low, F64) { return static_cast<float>(low); }
 inline double sum_of(F64 x) { return x; }
 #endif
 

@@ -199,7 +199,7 @@ def _map(values, order, names, axis, **parts):
                 text=[["" if v is None or len(order) > 10 else f"{round(v)}" for v in row] for row in z], texttemplate="%{text}",
                 textfont_size=12, xaxis=f"x{axis}", yaxis=f"y{axis}") | parts
 
-# %% ../../nbs/api/figures/30_measures.ipynb #6f5321ac
+# %% ../../nbs/api/figures/30_measures.ipynb #00253546
 def similarity_figure(
     teacher,  # (C, C) mean probabilities of the samples of each class
     student,  # (C, C)
@@ -208,21 +208,25 @@ def similarity_figure(
     "Where the wrong probability of each class goes: teacher, student, and the difference."
     t, s = wrong_shares(teacher), wrong_shares(student)
     order = dark_order(dict(share=t), classes=shown_classes(t))[0] if len(t) > 2 else list(range(len(t)))
-    traces = [_map(t, order, names, "", zmin=0, zmax=60, colorscale=_DARK), _map(s, order, names, 2, zmin=0, zmax=60, colorscale=_DARK),
-              _map(s - t, order, names, 3, zmin=-30, zmax=30, colorscale=_BOTH)]
+    most = max(np.nan_to_num(x[np.ix_(order, order)]).max() for x in (t, s))
+    top = next(v for v in (5, 10, 20, 40, 60, 100.0) if v >= min(100 * most, 100))
+    traces = [*(_map(x, order, names, axis, zmin=0, zmax=top, colorscale=_DARK) for x, axis in ((t, ""), (s, 2))),
+              _map(s - t, order, names, 3, zmin=-top / 2, zmax=top / 2, colorscale=_BOTH)]
     short = [names[k] if len(names[k]) < 12 else names[k][:10] + "…" for k in order]
     ticks = dict(tickvals=list(range(len(order))), ticktext=short, showgrid=False)
-    across, room = dict(tickangle=-40 if are_long(names) else 0), 60 if are_long(names) else 0
+    crowded = len(order) * max(map(len, short)) > 30
+    across, room = dict(tickangle=-40 if are_long(names) else -90 if crowded else 0), 60 if are_long(names) else 0
     axes = {}
     for i, left in enumerate((0, 0.345, 0.69)):
         n = "" if i == 0 else i + 1
         axes[f"xaxis{n}"] = dict(domain=[left, left + 0.31], anchor=f"y{n}", **ticks, **across)
         axes[f"yaxis{n}"] = dict(anchor=f"x{n}", showticklabels=i == 0, **ticks) | dict(range=[len(order) - 0.5, -0.5])
     many = f" ({len(order)} of {len(names)} classes)" if len(order) < len(names) else ""
-    titles = {f"Teacher{many}": (0, 1.01), "Student": (0.345, 1.01), "Student minus teacher": (0.69, 1.01)}
+    titles = {f"Teacher, to {top:g}%{many}": (0, 1.01), f"Student, to {top:g}%": (0.345, 1.01),
+              f"Student minus teacher, ±{top / 2:g}": (0.69, 1.01)}
     return go.Figure(traces, layout(400 + room, titles, margin=dict(l=60 + room, r=16, t=40, b=44 + room), **axes))
 
-# %% ../../nbs/api/figures/30_measures.ipynb #c6af9c69
+# %% ../../nbs/api/figures/30_measures.ipynb #353daa2d
 def similarity_sentence(teacher, student, names:list[str], correlation:float) -> str:
     "What the matrices show."
     t, s = wrong_shares(teacher), wrong_shares(student)
@@ -231,7 +235,7 @@ def similarity_sentence(teacher, student, names:list[str], correlation:float) ->
     most = np.nan_to_num(np.abs(s - t))
     i, k = np.unravel_index(most.argmax(), most.shape)
     return (f"To the teacher {names[a]} and {names[b]} are most alike. The student's wrong answers correlate with the teacher's at "
-            f"{correlation:.2f}; they differ most for a true {names[i]}, of which {names[k]} gets {100 * s[i, k]:.0f}% of the wrong "
+            f"{round(correlation, 2) + 0.0:.2f}; they differ most for a true {names[i]}, of which {names[k]} gets {100 * s[i, k]:.0f}% of the wrong "
             f"probability instead of {100 * t[i, k]:.0f}%.")
 
 # %% ../../nbs/api/figures/30_measures.ipynb #ea4da7fb
