@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from .kit import INK, layout, series
 
-# %% ../../nbs/api/figures/42_live.ipynb #2c26d8b1
+# %% ../../nbs/api/figures/42_live.ipynb #1fb37235
 CURVES = (  # key in the history, name, panel
     ("train_loss", "loss in training", ""), ("valid_loss", "loss in validation", ""),
     ("valid_accuracy", "accuracy", "2"), ("valid_agreement", "agreement with the teacher", "2"))
@@ -34,7 +34,7 @@ def best_epoch(
     known = [h for h in history if "valid_accuracy" in h]
     return max(known, key=lambda h: h["valid_accuracy"]) if known else None
 
-
+# %% ../../nbs/api/figures/42_live.ipynb #4e969b2d
 def live_figure(
     history,  # a dict an epoch: epoch and train_loss, and what was measured in validation
     epochs:int,  # in all
@@ -55,7 +55,7 @@ def live_figure(
         legend=dict(orientation="h", x=0, y=-0.25, font_size=15), margin=dict(l=78, r=16, t=40, b=105))
     return go.Figure([*traces, star], frame)
 
-
+# %% ../../nbs/api/figures/42_live.ipynb #132cced4
 def live_sentence(
     history,  # as in `live_figure`
     epochs:int,  # in all

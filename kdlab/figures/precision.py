@@ -117,7 +117,7 @@ def errors(
             keep.append([np.median(error(*way), axis=-1) for way in results(student, teacher, T, dtype)])
     return tuple(np.minimum(np.moveaxis(np.array(a), 0, -1), 10) for a in (loss, gradient))
 
-# %% ../../nbs/api/figures/40_precision.ipynb #ebfd57d7
+# %% ../../nbs/api/figures/40_precision.ipynb #39ae292d
 def _curves(values, axis, legend):
     "The three ways: geometric mean over the seeds and its 95% band; errors below 1e-9 stand on the floor."
     traces = []
@@ -129,7 +129,7 @@ def _curves(values, axis, legend):
         traces += [band, line]
     return traces
 
-
+# %% ../../nbs/api/figures/40_precision.ipynb #50865210
 def precision_figure(
     distance:float,  # standard deviation of student - teacher; marked in the curves
     T:float=2.0,  # temperature > 0

@@ -17,13 +17,14 @@ from .contract import (
 from .features import check_mask
 from .logits import check_no_kernel
 
-# %% ../../nbs/api/functional/04_relations.ipynb #fda8a4ef
+# %% ../../nbs/api/functional/04_relations.ipynb #a40a02f6
 def check_coupled(loss:str, reduction:str)->None:
     "Raise unless the reduction is mean: a loss that compares samples with each other has no value for one of them."
     if reduction != "mean":
         raise ValueError(f"reduction of {loss} must be 'mean', got {reduction!r}: it compares the samples of a batch with each "
                          f"other, so no value belongs to one sample")
 
+# %% ../../nbs/api/functional/04_relations.ipynb #04e7c223
 def check_samples(loss:str, student, teacher)->None:
     "Raise unless student and teacher are features of the same samples, on one device."
     for name, x in (("student", student), ("teacher", teacher)):
@@ -175,13 +176,14 @@ def _of_cosines(formula, student, teacher, mask, reduction, detach_teacher, back
         grams = (relation_ops.gram(relation_ops.samples(x, mask, True, False)) for x in widen(student, teacher))
         return formula(*grams, mask).to(ops._loss_dtype(student, teacher))
 
-# %% ../../nbs/api/functional/04_relations.ipynb #be85ef3a
+# %% ../../nbs/api/functional/04_relations.ipynb #ef066666
 def check_series(gamma, order)->None:
     "Raise unless gamma is > 0 and the order a whole number, 1 or more."
     check_positive("gamma", gamma)
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
         raise ValueError(f"order must be a whole number, 1 or more, got {order!r}")
 
+# %% ../../nbs/api/functional/04_relations.ipynb #5d1a4093
 def correlation_congruence(
     student:Tensor, # features, (B, ...)
     teacher:Tensor, # features, (B, ...); any width

@@ -12,7 +12,7 @@ from ..functional import tokens
 from ..functional.contract import check_positive
 from .features import FeatureLoss
 
-# %% ../../nbs/api/losses/08_tokens.ipynb #f7011c29
+# %% ../../nbs/api/losses/08_tokens.ipynb #dfa27056
 class LSH(FeatureLoss):
     """Binary cross-entropy on the teacher's side of random planes; see `kdlab.functional.lsh`.
 
@@ -34,8 +34,7 @@ class LSH(FeatureLoss):
         super().__init__(reduction, detach_teacher, backend, project, project_teacher)
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1: raise ValueError(f"planes must be 1 or more, got {planes!r}")
         self.planes, self.std = planes, check_positive("std", std)
-        self.register_buffer("directions", None)
-        self.register_buffer("bias", None)
+        for name in ("directions", "bias"): self.register_buffer(name, None)
         if width is not None: self._draw(torch.empty(0, width))
 
     def _draw(self, like:Tensor)->None:

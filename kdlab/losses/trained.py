@@ -385,16 +385,15 @@ class _Embedded(nn.Module):
         x = x.flatten(1)
         return unit(self.layers(F.pad(x @ x.T, (0, self.samples - len(x)))))
 
-# %% ../../nbs/api/losses/09_trained.ipynb #ee450718
+# %% ../../nbs/api/losses/09_trained.ipynb #1cb4fa7c
 class SemCKD(_Shown):
     """Semantic calibration: every student layer against every teacher layer, weighted by attention.
 
     L = mean over samples and student layers i of sum_j a_ij mean (R_ij(s_i) - t_j)², a = softmax over j of q_i·k_j;
     queries and keys are made from the batch's Gram matrices, R_ij is 1x1, 3x3, 1x1 convolutions; the larger map is
     averaged down. Bound to several layers at once; the sides may have different numbers. Chen et al. 2021
-    (arXiv:2012.03236). Paper, authors' code and we agree, but for the size of a batch: their networks take rows of
-    one length only, we fill those of a smaller batch up with zeros. Called as `(student, teacher, target=None, *,
-    mask)`."""
+    (arXiv:2012.03236). Paper, authors' code and we agree, but for the size of a batch: their networks take one size
+    only, we fill smaller ones up with zeros. Called as `(student, teacher, target=None, *, mask)`."""
     term, several = "semckd", True
 
     def __init__(self,
@@ -489,7 +488,7 @@ class _Contrast(_Shown):
             bank.remember(places, s, t, labels, keep, step)
         return total
 
-# %% ../../nbs/api/losses/09_trained.ipynb #1fe3ce5d
+# %% ../../nbs/api/losses/09_trained.ipynb #5386ac93
 class CRD(_Contrast):
     """Contrastive representation distillation: are this student's and that teacher's embedding of one sample?
 
@@ -498,8 +497,7 @@ class CRD(_Contrast):
     teachers plus the teacher against the bank of students. Features of any shape. Tian et al. 2020
     (arXiv:1910.10699), equations 17 and 18. Where we write e^c the paper has N/M; the authors' code has our constant.
     Their code takes the pair from the bank, the paper and we take it from the batch. With labels, others of the same
-    class do not count; their code counts them. Called as `(student, teacher, target=None, *, ids=None, mask)`. Usual
-    weight: 0.8."""
+    class do not count, as they do there. Called as `(student, teacher, target=None, *, ids=None, mask)`. Weight: 0.8."""
     term, dims = "crd", (2, 3, 4)
 
     def __init__(self,
@@ -523,8 +521,7 @@ class CRD(_Contrast):
 
     def networks(self, student, teacher):
         layer = lambda shape: nn.Linear(math.prod(shape[1:]), self.width)
-        bank = _Bank(self.size, self.width)
-        return nn.ModuleDict({"student": layer(student), "teacher": layer(teacher), "bank": bank})
+        return nn.ModuleDict({"student": layer(student), "teacher": layer(teacher), "bank": _Bank(self.size, self.width)})
 
     def forward(self, student, teacher, target=None, *, ids=None, mask=None):
         extra = {"ids": ids, "labels": target}

@@ -16,17 +16,17 @@ from ..figures import kit as figures
 from ..figures import stored
 from .kit import KDWidget
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #e3e94931
+# %% ../../nbs/api/widgets/50_gallery.ipynb #db8ddb76
 def _of_one_teacher():
     a = stored.load()
     return dict(logits=a["teacher"][0], images=a["images"], labels=a["labels"])
 
-
+# %% ../../nbs/api/widgets/50_gallery.ipynb #687bb239
 def _of_a_pair():
     a = stored.load()
     return dict(teacher_logits=a["teacher"][0], student_logits=a["students"][0, 0, -1], labels=a["labels"], images=a["images"])
 
-
+# %% ../../nbs/api/widgets/50_gallery.ipynb #9345492c
 def _of_a_run():
     import kdlab as kd  # only this one trains
     task = kd.tasks.digits()
@@ -61,8 +61,8 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #10905899
-_FIRST = (
+# %% ../../nbs/api/widgets/50_gallery.ipynb #238cf3ea
+_SOFT = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
             "The order stays; what was invisible at T = 1, the teacher's second and third thoughts, becomes a target to learn "
@@ -83,6 +83,10 @@ _FIRST = (
             "accuracy?",
             "Share of the loss and share of the push are not the same. The temperature moves accuracy by points; from T = 4 on "
             "alpha hardly matters, up to the last row, where no teacher is left."),
+)
+
+# %% ../../nbs/api/widgets/50_gallery.ipynb #72f18510
+_PULL = (
     Exhibit("simplex", "Simplex", "What do cross-entropy, forward KL, reverse KL, JS and MSE prefer?",
             "The student is sure of the wrong class. Which of the five losses brings it to the teacher first, and which does not "
             "bring it there at all?",
@@ -105,6 +109,10 @@ _FIRST = (
             "A teacher is 99% sure of the right class: how much of the soft loss is about which other class the image looks like?",
             "Next to nothing, as KD weighs that part with what the teacher leaves over. DKD gives it a weight of its own, and "
             "a higher temperature does part of the same."),
+)
+
+# %% ../../nbs/api/widgets/50_gallery.ipynb #a033fcb9
+_TRUST = (
     Exhibit("match", "LayerMatch", "Which layers of student and teacher correspond?",
             "Which layers are alike before any training? Does a hint through a projector make the second layers more alike than "
             "soft targets alone do?",
@@ -128,7 +136,9 @@ _FIRST = (
             "Three of the seven. The first value of the loss, compared with what it must be by hand, shows four more or less at "
             "once; the loss at the end and two charts of the teacher show the rest."),
 )
-_LAST = (
+
+# %% ../../nbs/api/widgets/50_gallery.ipynb #8e945b7f
+_CRAFT = (
     Exhibit("precision", "Precision", "When is a 16-bit loss too coarse?",
             "Logits in bfloat16 differ from the teacher's by one percent: how wrong is a gradient computed in bfloat16?",
             "Mostly noise. The same 16-bit logits give the right gradient when the arithmetic between is float32."),
@@ -142,7 +152,9 @@ _LAST = (
             "curves on the validation set, not the loss in training, say when to stop.",
             _of_a_run, "train"),
 )
-EXHIBITS = (*_FIRST, *_LAST)
+
+# %% ../../nbs/api/widgets/50_gallery.ipynb #def23a4d
+EXHIBITS = (*_SOFT, *_PULL, *_TRUST, *_CRAFT)
 "All widgets of kdlab."
 
 # %% ../../nbs/api/widgets/50_gallery.ipynb #822341d3
@@ -177,7 +189,7 @@ article {{ border-top: 3px solid #0072B2; padding-top: 4px; }}
 </html>
 """
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #1b790fd7
+# %% ../../nbs/api/widgets/50_gallery.ipynb #6eb98712
 def write_index(
     folder:str|Path,
     exhibits=EXHIBITS,  # that have a page in the folder
@@ -187,7 +199,7 @@ def write_index(
                           prediction=escape(x.prediction), conclusion=escape(x.conclusion)) for x in exhibits]
     return figures.write_text(Path(folder) / "index.html", _INDEX.format(css=figures.PAGE_CSS, cards="\n".join(cards)))
 
-
+# %% ../../nbs/api/widgets/50_gallery.ipynb #abfa72e0
 def write_gallery(
     folder:str|Path="gallery",
     exhibits=EXHIBITS,

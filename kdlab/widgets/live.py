@@ -22,36 +22,10 @@ run = kd.distill(student, teacher, train, valid, epochs={epochs})  # and the opt
 losses = [(entry["epoch"], entry["train_loss"]) for entry in run.history]
 """
 
-# %% ../../nbs/api/widgets/42_live.ipynb #1d243ac6
-class LiveRun(KDWidget):
-    "Loss, accuracy and agreement of a run while it trains; `run` is what `kd.distill` returns."
-    title = "Live run"
-    caption = "Loss in training and validation, and how often the student is right and agrees with its teacher."
-    page_controls = ("log_loss",)
+# %% ../../nbs/api/widgets/42_live.ipynb #8b2e30dd
+class _Training(KDWidget):
+    "A run in a thread, and what it tells of each epoch."
     log_loss = Bool(False).tag(kd=True)
-    _controls = (figures.button("start", "Start"), figures.toggle("log_loss", "Logarithmic loss"))
-
-    def __init__(
-        self,
-        student,  # trained in place; every start begins with the weights that it has now
-        teacher,  # None trains the student alone
-        train,  # batches, as `kd.distill` takes them
-        valid=None,  # batches to measure on
-        epochs:int=20,
-        hide=(),  # "start", "log_loss", "reset", "title"
-        **options,  # of `kd.distill`, such as losses= and lr=
-    ):
-        self.student, self.epochs, self.run, self.history = student, epochs, None, []
-        self._given = dict(teacher=teacher, train=train, valid=valid, epochs=epochs, progress=False) | options
-        self._first = {name: value.detach().clone() for name, value in student.state_dict().items()}
-        super().__init__(hide)
-
-    def draw(self, log_loss): return live_figure(self.history, self.epochs, log_loss)
-
-    def sentence(self, log_loss):
-        return live_sentence(self.history, self.epochs, self.run.status if self.run else "")
-
-    def press(self, name): self.work(self.train())
 
     def train(self):
         "Train and draw: a generator that says which epoch it is in."
@@ -91,6 +65,36 @@ class LiveRun(KDWidget):
             raise result
         self.run, self.history = result, list(result.history)
         refresh(self)
+
+# %% ../../nbs/api/widgets/42_live.ipynb #887e6b89
+class LiveRun(_Training):
+    "Loss, accuracy and agreement of a run while it trains; `run` is what `kd.distill` returns."
+    title = "Live run"
+    caption = "Loss in training and validation, and how often the student is right and agrees with its teacher."
+    page_controls = ("log_loss",)
+    _controls = (figures.button("start", "Start"), figures.toggle("log_loss", "Logarithmic loss"))
+
+    def __init__(
+        self,
+        student,  # trained in place; every start begins with the weights that it has now
+        teacher,  # None trains the student alone
+        train,  # batches, as `kd.distill` takes them
+        valid=None,  # batches to measure on
+        epochs:int=20,
+        hide=(),  # "start", "log_loss", "reset", "title"
+        **options,  # of `kd.distill`, such as losses= and lr=
+    ):
+        self.student, self.epochs, self.run, self.history = student, epochs, None, []
+        self._given = dict(teacher=teacher, train=train, valid=valid, epochs=epochs, progress=False) | options
+        self._first = {name: value.detach().clone() for name, value in student.state_dict().items()}
+        super().__init__(hide)
+
+    def draw(self, log_loss): return live_figure(self.history, self.epochs, log_loss)
+
+    def sentence(self, log_loss):
+        return live_sentence(self.history, self.epochs, self.run.status if self.run else "")
+
+    def press(self, name): self.work(self.train())
 
     def code(self) -> str:
         "Lines of Python that train the same run without the view."

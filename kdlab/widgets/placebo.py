@@ -46,13 +46,25 @@ def _check_targets(targets, images, labels, class_names, arms):
     names = figures.check_names(class_names, c)
     return targets, figures.check_images(images, n), figures.check_labels(labels, n, c), names
 
-# %% ../../nbs/api/widgets/06_placebo.ipynb #c0f83de3
-class PlaceboTeacher(KDWidget):
+# %% ../../nbs/api/widgets/06_placebo.ipynb #6e429768
+class _Images(KDWidget):
+    "The state, and the images whose targets can be shown."
+    task, arm, example = Int(0).tag(kd=True), Int(1).tag(kd=True), Int(0).tag(kd=True)
+    targets = None
+
+    def _image(self, example):
+        "Targets of all arms, picture and label of one image, if there are any."
+        if self.targets is None:
+            return None, None, None
+        i = figures.check_index(example, self.targets.shape[1], "example")
+        return self.targets[:, i], self.images[i], int(self.labels[i])
+
+# %% ../../nbs/api/widgets/06_placebo.ipynb #ca879efe
+class PlaceboTeacher(_Images):
     "Scores of students of the true teacher and of placebos with the same entropy."
     title = "Placebo teacher"
     caption = "Equal softness, different knowledge: only the true teacher's targets carry over to the unseen digit."
     page_controls = ("task", "arm")
-    task, arm, example = Int(0).tag(kd=True), Int(1).tag(kd=True), Int(0).tag(kd=True)
 
     def __init__(
         self,
@@ -78,13 +90,6 @@ class PlaceboTeacher(KDWidget):
         if self.targets is not None:
             self._controls.append(figures.slider("example", "Image", range(self.targets.shape[1])))
         super().__init__(hide)
-
-    def _image(self, example):
-        "Targets of all arms, picture and label of one image, if there are any."
-        if self.targets is None:
-            return None, None, None
-        i = figures.check_index(example, self.targets.shape[1], "example")
-        return self.targets[:, i], self.images[i], int(self.labels[i])
 
     def draw(self, task, arm, example):
         return placebo_figure(self.scores[task], self.steps, self.arms, arm, *self._image(example), self.names)
