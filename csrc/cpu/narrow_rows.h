@@ -1,5 +1,5 @@
-// Soft KL and cross-entropy of rows with few classes: lanes are rows, so nothing is summed across lanes. Everything
-// stays in the first-level cache, and the close form serves every row. Included once per instruction set.
+// Softened divergences and cross-entropy of rows with few classes: lanes are rows, so nothing is summed across lanes.
+// Everything stays in the first-level cache, and the careful form serves every row. Included once per instruction set.
 namespace KDLAB_ISA {
 
 constexpr int64_t widest_narrow = 40;
@@ -19,8 +19,10 @@ public:
     V total() const { return sum + part; }
 };
 
-template <bool kKL, bool kCE, class E>
+template <int kKind, bool kCE, class E>
 class NarrowRows {
+    static constexpr bool kKL = kKind != only_cross_entropy;
+    static constexpr bool kForward = kKind == KDLAB_FORWARD_KL || kKind == KDLAB_SOFT_CROSS_ENTROPY;
     typedef VecOf<E> V;
     typedef Real<V> R;
     static constexpr int L = lanes<V>;
@@ -72,20 +74,32 @@ class NarrowRows {
         return m;
     }
 
-    // KL of each lane; leaves p_s - p_t in es.
+    // The divergence of each lane; leaves T times its gradient in es.
     V divergence(V max_s, V max_t) const {
-        const V low = all<V>(-INFINITY);
-        LaneSum<V> sum_s, sum_t, mass, kl;
-        V excludes_more = V{};
+        const V low = all<V>(-INFINITY), zero = V{};
+        LaneSum<V> sum_s, sum_t, others_t, mass;
+        V excludes_more = V{}, top_count = V{}, t_at_top = V{};
         for (int i = 0; i < cols * L; i += L) {
-            V a = load(s + i), b = load(t + i);
-            V e = softened_exp(a - max_s, temperature), f = softened_exp(b - max_t, temperature);
+            V a = load(s + i), b = load(t + i), e, f;
+            if (kForward) {
+                e = softened_exp(a - max_s, temperature);
+                f = softened_exp(b - max_t, temperature);
+            } else {
+                e = careful_exp(a, max_s, temperature);
+                f = careful_exp(b, max_t, temperature);
+            }
             store(es + i, e);
             store(et + i, f);
             sum_s.add(e);
             sum_t.add(f);
-            V is_low = a > low ? V{} : all<V>(1);
-            excludes_more = b > low ? max(excludes_more, is_low) : excludes_more;
+            t_at_top = a < max_s ? t_at_top : b;
+            if (kKind == KDLAB_SOFT_CROSS_ENTROPY) {
+                others_t.add(b < max_t ? f : zero);
+                top_count = b < max_t ? top_count : top_count + Real<V>(1);
+            }
+            V out = kKind == KDLAB_REVERSE_KL ? b : a, in = kKind == KDLAB_REVERSE_KL ? a : b;
+            V is_low = out > low ? V{} : all<V>(1);
+            excludes_more = in > low ? max(excludes_more, is_low) : excludes_more;
         }
         const V zs = sum_s.total(), zt = sum_t.total();
         const Difference<V> c(max_s, max_t);
@@ -94,13 +108,59 @@ class NarrowRows {
             mass.add(close_mass(load(s + i), load(t + i), load(es + i), load(et + i), k));
         const V m = mass.total();
         k.lambda = abs(m) < R(0.5) ? log1p_of(m) : log_of(zs * k.pt);
+        const V spoiled = zs + zt;                          // NaN then
+        V value;
+        if constexpr (kForward) value = forward(k);
+        else value = family(k, Difference<V>(max_s, t_at_top), spoiled * R(0), excludes_more);
+        if (kKind == KDLAB_SOFT_CROSS_ENTROPY) value = value + entropy(max_t, k, others_t.total() + (top_count - R(1)));
+        constexpr bool unbounded = kForward || kKind == KDLAB_REVERSE_KL;
+        return unbounded && excludes_more > zero && spoiled == spoiled ? all<V>(INFINITY) : value;
+    }
+
+    V forward(const Close<V>& k) const {
+        LaneSum<V> value;
         for (int i = 0; i < cols * L; i += L) {
             CloseTerms<V> terms = close_terms(load(s + i), load(t + i), load(es + i), load(et + i), k);
-            kl.add(terms.value);
+            value.add(terms.value);
             store(es + i, terms.gradient);
         }
-        V spoiled = zs + zt;                                // NaN then
-        return excludes_more > all<V>(0) && spoiled == spoiled ? all<V>(INFINITY) : kl.total();
+        return value.total();
+    }
+
+    // Of the teacher, from the sum of its exponentials but one of the largest
+    V entropy(V max_t, const Close<V>& k, V others) const {
+        LaneSum<V> sum;
+        for (int i = 0; i < cols * L; i += L)
+            sum.add(load(et + i) * k.pt * (max(temperature.floor, load(t + i) - max_t) * k.inverse_T));
+        return log1p_of(others) - sum.total();
+    }
+
+    // Slopes are taken relative to that of the student's likeliest class, because next to it the others are small where
+    // it has nearly all the mass.
+    V family(const Close<V>& k, const Difference<V>& at_the_top, V spoil, V excludes_more) const {
+        const V mix = all<V>(R(job.mix)), zero = V{};
+        const Close<V> to_top = {at_the_top.difference, at_the_top.error, k.inverse_T, V{}, V{}, V{}, V{}};
+        LaneSum<V> value, mean;
+        V top = all<V>(-1), at_top = V{}, overlap = V{};
+        for (int i = 0; i < cols * L; i += L) overlap = overlap + min(load(es + i) * k.ps, load(et + i) * k.pt);
+        for (int i = 0; i < cols * L; i += L) {
+            V q = load(es + i) * k.ps, p = load(et + i) * k.pt;
+            const Pair<V> both = compare<kKind>(p, q, k.w(load(s + i), load(t + i)) - k.lambda);
+            const Share<V> share = share_of<kKind>(both, mix);
+            V slope = share.slope;
+            if constexpr (is_mixture(kKind)) slope = overlap < R(0.4) ? slope_apart<kKind>(both, mix) : slope;
+            if constexpr (kKind == KDLAB_REVERSE_KL) slope = q > zero ? to_top.w(load(s + i), load(t + i)) : zero;
+            value.add(share.value);
+            store(es + i, q);
+            store(et + i, slope);
+            at_top = q > top ? slope : at_top;
+            top = max(q, top);
+        }
+        for (int i = 0; i < cols * L; i += L) mean.add(load(es + i) * (load(et + i) - at_top));
+        V from = mean.total() + spoil;
+        if (kKind == KDLAB_REVERSE_KL) from = excludes_more > zero ? all<V>(NAN) : from;
+        for (int i = 0; i < cols * L; i += L) store(es + i, load(es + i) * ((load(et + i) - at_top) - from));
+        return value.total() + spoil;
     }
 
     // CE of each lane; leaves h / Z_h - [class = y] in h.
@@ -151,7 +211,7 @@ private:
         V max_s = maximum(s), kl = V{}, ce = V{};
         if (kKL) {
             gather(job.teacher, job.teacher_stride, r, n, t);
-            kl = divergence(max_s, maximum(t));
+            if constexpr (kKL) kl = divergence(max_s, maximum(t));
         }
         if (kCE) ce = hard_label(max_s, load(y));
 

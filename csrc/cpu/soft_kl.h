@@ -1,17 +1,30 @@
-// The entry of the softened KL: dtype and terms to the right loop. Included once per instruction set.
+// The entry of the softened divergences: dtype and terms to the right loop. Included once per instruction set.
 namespace KDLAB_ISA {
 
-template <bool kKL, bool kCE, class E>
+template <int kKind, bool kCE, class E>
 void soft_kl_rows(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.cols <= widest_narrow) NarrowRows<kKL, kCE, E>(job, scratch).run(begin, end);
-    else WideRows<kKL, kCE, E>(job, end, scratch).run(begin);
+    if (job.cols <= widest_narrow) NarrowRows<kKind, kCE, E>(job, scratch).run(begin, end);
+    else WideRows<kKind, kCE, E>(job, end, scratch).run(begin);
+}
+
+template <int kKind, class E>
+void divergence_as(const Job& job, int64_t begin, int64_t end, void* scratch) {
+    if (job.ce) soft_kl_rows<kKind, true, E>(job, begin, end, scratch);
+    else soft_kl_rows<kKind, false, E>(job, begin, end, scratch);
 }
 
 template <class E>
 void soft_kl_as(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.kl && job.ce) soft_kl_rows<true, true, E>(job, begin, end, scratch);
-    else if (job.kl) soft_kl_rows<true, false, E>(job, begin, end, scratch);
-    else soft_kl_rows<false, true, E>(job, begin, end, scratch);
+    if (!job.kl) return soft_kl_rows<only_cross_entropy, true, E>(job, begin, end, scratch);
+    switch (job.kind) {
+        case KDLAB_REVERSE_KL: return divergence_as<KDLAB_REVERSE_KL, E>(job, begin, end, scratch);
+        case KDLAB_JSD: return divergence_as<KDLAB_JSD, E>(job, begin, end, scratch);
+        case KDLAB_SKEW_KL: return divergence_as<KDLAB_SKEW_KL, E>(job, begin, end, scratch);
+        case KDLAB_SKEW_REVERSE_KL: return divergence_as<KDLAB_SKEW_REVERSE_KL, E>(job, begin, end, scratch);
+        case KDLAB_TOTAL_VARIATION: return divergence_as<KDLAB_TOTAL_VARIATION, E>(job, begin, end, scratch);
+        case KDLAB_SOFT_CROSS_ENTROPY: return divergence_as<KDLAB_SOFT_CROSS_ENTROPY, E>(job, begin, end, scratch);
+        default: return divergence_as<KDLAB_FORWARD_KL, E>(job, begin, end, scratch);
+    }
 }
 
 inline void soft_kl(const Job& job, int64_t begin, int64_t end, void* scratch) {

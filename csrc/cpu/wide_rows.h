@@ -1,11 +1,15 @@
-// Soft KL and cross-entropy of rows with many classes: lanes are classes. Included once per instruction set.
+// Softened divergences and cross-entropy of rows with many classes: lanes are classes. Included once per instruction set.
 //
 // One sweep over memory does two things at once: the exponentials and sums of this row (kept in scratch), and the
 // gradient of the row before, from scratch. Each input is read from memory once, and reading, arithmetic and writing
 // overlap. Nothing is spent on finding the maxima first: exponentials are relative to a reference, the maximum of the
 // row's first elements. Where the row exceeds it by much, its maximum so far becomes the new reference, and what was
 // made with older ones is brought up to date at the end. Rows where the fast form is too coarse are then done again in
-// close form.
+// close form, or careful form.
+//
+// The gradient is always a mixture of two scratch rows. For the forward KL they are the exponentials themselves; for the
+// reverse KL the second is e_s (b - a). The other divergences need both sums Z before their slopes, and replace the
+// second row in a pass of its own, while all of it is in the cache.
 namespace KDLAB_ISA {
 
 template <class E>
@@ -48,13 +52,13 @@ public:
 };
 constexpr int64_t carry_every = 8;
 
-// What a part of a row adds up to
+// What a part of a row adds up to; `entropy` is the sum of e_t b
 template <class V>
-struct Part { V zs, zt, m, zh; };
+struct Part { V zs, zt, m, zh, entropy; };
 
 template <class V>
 inline Part<V> operator+(const Part<V>& x, const Part<V>& y) {
-    return {x.zs + y.zs, x.zt + y.zt, x.m + y.m, x.zh + y.zh};
+    return {x.zs + y.zs, x.zt + y.zt, x.m + y.m, x.zh + y.zh, x.entropy + y.entropy};
 }
 
 // A sum over a row, relative to a reference that may change on the way
@@ -73,12 +77,14 @@ public:
 
 template <class V>
 struct Sums {
-    RelativeSum<V> zs, zt, m, zh;
+    RelativeSum<V> zs, zt, m, zh, entropy;
     V top_s = all<V>(-INFINITY), top_t = top_s;             // maxima of the row so far
+    bool raised = false;                                    // was the reference changed?
 
-    template <bool kKL, bool kCE>
+    template <int kKind, bool kCE>
     void carry(const Part<V>& p) {
-        if (kKL) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
+        if (kKind != only_cross_entropy) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
+        if (kKind == KDLAB_SOFT_CROSS_ENTROPY) entropy.carry(p.entropy);
         if (kCE) zh.carry(p.zh);
     }
 };
@@ -123,8 +129,10 @@ inline void along_row(int64_t cols, Body body, Tail tail, Carry carry) {
     }
 }
 
-template <bool kKL, bool kCE, class E>
+template <int kKind, bool kCE, class E>
 class WideRows {
+    static constexpr bool kKL = kKind != only_cross_entropy, kReverse = kKind == KDLAB_REVERSE_KL;
+    static constexpr bool kForward = kKind == KDLAB_FORWARD_KL || kKind == KDLAB_SOFT_CROSS_ENTROPY;
     typedef VecOf<E> V;
     typedef Real<V> R;
 
@@ -178,10 +186,12 @@ class WideRows {
         double up_s = double(row.from_s) - double(old.from_s);
         if (kKL) {
             row.from_t = std::fmax(row.from_t, max_of(z.top_t));
-            double up_t = double(row.from_t) - double(old.from_t), zt = z.zt.total(), fall = std::exp(-up_t / job.T);
-            z.m.replace((z.m.total() + (up_s - up_t) * zt) * fall);
-            z.zt.replace(zt * fall);
-            z.zs.replace(z.zs.total() * std::exp(-up_s / job.T));
+            double up_t = double(row.from_t) - double(old.from_t), zs = z.zs.total(), zt = z.zt.total();
+            double fall_s = std::exp(-up_s / job.T), fall_t = std::exp(-up_t / job.T);
+            z.m.replace((z.m.total() + (up_s - up_t) * (kReverse ? zs : zt)) * (kReverse ? fall_s : fall_t));
+            z.entropy.replace((z.entropy.total() - up_t * zt) * fall_t);
+            z.zt.replace(zt * fall_t);
+            z.zs.replace(zs * fall_s);
         }
         if (kCE) z.zh.replace(z.zh.total() * std::exp(-up_s));
     }
@@ -192,13 +202,23 @@ class WideRows {
         for (int64_t i = 0; i < end; i += lanes<V>) store(e + i, load(e + i) * fall);
     }
 
+    // The same for e_s (b - a), before e_s is lowered
+    void lower_differences(int64_t begin, int64_t n, R up_s, R more) const {
+        if (up_s == 0 && more == 0) return;
+        const V fall = softened_exp(all<V>(-up_s), temperature), add = all<V>(more);
+        for (int64_t i = begin; i < begin + n; i += lanes<V>)
+            store(x.et + i, fma(load(x.es + i), add, load(x.et + i)) * fall);
+    }
+
     // Makes all exponentials relative to the row's last references.
     void bring_up_to_date(const Row<E>& row) const {
         const Reference* from = references;
         for (int64_t i = 0; i < cols; i += step, ++from) {
             const int64_t n = cols - i < step ? cols - i : step;
-            if (kKL) lower(x.es + i, n, row.from_s - from->s, temperature);
-            if (kKL) lower(x.et + i, n, row.from_t - from->t, temperature);
+            const R up_s = row.from_s - from->s, up_t = row.from_t - from->t;
+            if (kReverse) lower_differences(i, n, up_s, up_s - up_t);
+            if (kKL) lower(x.es + i, n, up_s, temperature);
+            if (kKL && !kReverse) lower(x.et + i, n, up_t, temperature);
             if (kCE) lower(x.h + i, n, row.from_s - from->s, one);
         }
     }
@@ -218,16 +238,22 @@ class WideRows {
             V a = s - from_s;
             top_s = max(s, top_s);
             if (kKL) {
-                V b = t - from_t, es = quick_exp(a, T), et = quick_exp(b, T);
+                V b = t - from_t, es = quick_exp<is_mixture(kKind)>(a, T), et = quick_exp<is_mixture(kKind)>(b, T);
                 top_t = max(t, top_t);
-                store(x.es + i, es);
-                store(x.et + i, et);
                 p.zs = p.zs + es;
                 p.zt = p.zt + et;
-                p.m = fma(et, b - a, p.m);
+                if (kReverse) {
+                    et = es * (b - a);
+                    p.m = p.m + et;
+                } else {
+                    p.m = fma(et, b - a, p.m);
+                }
+                if (kKind == KDLAB_SOFT_CROSS_ENTROPY) p.entropy = fma(et, b, p.entropy);
+                store(x.es + i, es);
+                store(x.et + i, et);
             }
             if (kCE) {
-                V h = quick_exp(a, one);
+                V h = quick_exp<false>(a, one);
                 store(x.h + i, h);
                 p.zh = p.zh + h;
             }
@@ -287,9 +313,10 @@ class WideRows {
                 p = part<false>(row, grad, f, begin, end, z);
             }
             *from++ = {row.from_s, row.from_t};
-            z.template carry<kKL, kCE>(p);
+            z.template carry<kKind, kCE>(p);
         }
         if (raised) bring_up_to_date(row);
+        z.raised = raised;
         return z;
     }
 
@@ -345,11 +372,220 @@ class WideRows {
         return value.total() + (std::log1p(M) - M);
     }
 
-    // Does the student exclude a class (-inf) that the teacher does not? Then KL is +inf.
+    // Does the student exclude a class (-inf) that the teacher does not? Then KL is +inf. For the reverse KL: the teacher.
     bool excludes_more(const Row<E>& row) const {
+        const E *out = kReverse ? row.t : row.s, *in = kReverse ? row.s : row.t;
         for (int64_t i = 0; i < cols; ++i)
-            if (to_real(row.s[i]) == -INFINITY && to_real(row.t[i]) > -INFINITY) return true;
+            if (to_real(out[i]) == -INFINITY && to_real(in[i]) > -INFINITY) return true;
         return false;
+    }
+
+    // The teacher's entropy. Where one class has most of its mass, from the others: log Z_t would cancel.
+    double entropy_of(const Row<E>& row, const Sums<V>& z, double zt, bool excludes) const {
+        const R top = max_of(z.top_t);
+        const double most = std::exp((double(top) - double(row.from_t)) / job.T);
+        if (most < 0.3 * zt && !excludes) return std::log(zt) - z.entropy.total() / zt / job.T;
+        const V from = all<V>(top), one_more = all<V>(1);
+        RowSum<V> others, sum, tops;
+        auto one = [&](V t) {
+            V e = careful_exp(t, from, temperature);
+            sum.add(e * max(temperature.floor, t - from));
+            others.add(t < from ? e : V{});
+            tops.add(t < from ? V{} : one_more);
+        };
+        along_row<V>(cols, [&](int64_t i) { one(load(row.t + i)); },
+                     [&](int64_t i, int n) { one(load_part(row.t + i, n, low)); },
+                     [&] { sum.carry(); others.carry(); tops.carry(); });
+        const double rest = others.total() + (tops.total() - 1);
+        return std::log1p(rest) - sum.total() / (1 + rest) / job.T;
+    }
+
+    // The sums of the row's exponentials again, with all their digits. They replace those in the scratch.
+    void remake(const Row<E>& row, double& zs, double& zt) const {
+        const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
+        RowSum<V> s, t;
+        auto one = [&](V a, V b, int64_t i) {
+            V es = careful_exp(a, from_s, temperature), et = careful_exp(b, from_t, temperature);
+            store(x.es + i, es);
+            store(x.et + i, et);
+            s.add(es);
+            t.add(et);
+        };
+        along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
+                     [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
+                     [&] { s.carry(); t.carry(); });
+        zs = s.total();
+        zt = t.total();
+    }
+
+    // Where the largest logit of the student is
+    int64_t place_of(const E* s, R top) const {
+        constexpr int64_t block = 8 * lanes<V>;
+        for (int64_t i = 0; i < cols; i += block) {
+            V most = low;
+            const int64_t end = i + block < cols ? i + block : cols;
+            for (int64_t j = i; j < end; j += lanes<V>)
+                most = max(j + lanes<V> <= end ? load(s + j) : load_part(s + j, static_cast<int>(end - j), low), most);
+            if (max_of(most) < top) continue;
+            for (int64_t j = i; j < end; ++j)
+                if (to_real(s[j]) == top) return j;
+        }
+        return 0;
+    }
+
+    // The forms of a divergence other than the forward KL. Which one a row needs is what experiments say for an error of
+    // 1e-6: values carry about 2e-8 whatever their size, and slopes 1e-7, against which their differences count.
+    enum class Form { near, sure, apart };
+
+    bool is_near(double kl, double top) const {
+        if (sizeof(R) == 8) return kl * bend() < 1e-3;
+        if (is_mixture(kKind)) return needs_care() || kl * bend() < (kKind == KDLAB_JSD ? 0.01 : 0.03) + 0.05 * std::sqrt(top);
+        return kl < 0.03 + 0.16 * std::sqrt(top);
+    }
+    // Are the slopes where the student has mass so little apart that the fast form cannot tell them?
+    bool needs_care() const {
+        return (kKind == KDLAB_JSD && job.mix < 0.25) || (kKind == KDLAB_SKEW_REVERSE_KL && job.mix > 0.25) || job.mix == 1;
+    }
+    static bool is_sure(double top_s) { return top_s > (kReverse ? 0.7 : 0.5); }
+    bool is_apart(double value) const {
+        return (kKind == KDLAB_JSD && value > 0.75 * largest()) || (kKind == KDLAB_SKEW_REVERSE_KL && value > 0.65 * largest());
+    }
+
+    // What a mixture's value tends to where student and teacher have nothing in common
+    double largest() const {
+        const double a = job.mix;
+        return kKind == KDLAB_JSD ? -a * std::log(a) - (1 - a) * std::log(1 - a) : -std::log(a);
+    }
+
+    // How much the value bends with log(p_s / p_t), where they are equal
+    double bend() const {
+        if (kKind == KDLAB_JSD) return job.mix * (1 - job.mix);
+        return is_mixture(kKind) ? (1 - job.mix) * (1 - job.mix) : 1;
+    }
+
+    // A divergence in careful form. Leaves q (slope - that of the student's likeliest class) in the place of e_t: where
+    // that class has nearly all the mass, the slopes of the others are small next to its own. The exponentials fix
+    // log(Z_s / Z_t) to their rounding only; M = sum p (e^v - 1), which should be 0, says by how much v is off, and
+    // what that does to the value is taken back.
+    double careful_row(const Row<E>& row, R top, double zs, double zt, Form form, double g, Factors<V>& f) const {
+        const bool sure = form == Form::sure;
+        if (sure || form == Form::apart || kReverse) remake(row, zs, zt);     // the others still are what the sweep made
+        const double c = double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);
+        Close<V> k = {}, to_top = {};
+        k.c = all<V>(R(c));
+        k.c_error = all<V>(R(c - double(R(c))));
+        k.inverse_T = to_top.inverse_T = all<V>(R(1 / job.T));
+        const V mix = all<V>(R(job.mix)), ps = all<V>(R(1 / zs)), pt = all<V>(R(1 / zt)), zero = V{};
+        auto pair = [&](V s, V t, int64_t i) {
+            return compare<kKind>(load(x.et + i) * pt, load(x.es + i) * ps, k.w(s, t) - k.lambda);
+        };
+        if (kKind == KDLAB_TOTAL_VARIATION) {               // its slope is a sign: v must be right before
+            RowSum<V> mass;
+            auto one = [&](V s, V t, int64_t i) { mass.add(pair(s, t, i).d); };
+            along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
+                         [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
+                         [&] { mass.carry(); });
+            k.lambda = all<V>(R(std::log1p(mass.total())));
+        }
+        bool apart = form == Form::apart;
+        V at_top = zero;
+        if (sure || kReverse) {
+            const int64_t j = place_of(row.s, top);
+            const Difference<V> top_of(all<V>(to_real(row.s[j])), all<V>(to_real(row.t[j])));
+            to_top.c = top_of.difference;
+            to_top.c_error = top_of.error;
+            const V q = all<V>(x.es[j]) * ps, p = all<V>(x.et[j]) * pt;
+            apart = is_mixture(kKind) && x.et[j] / zt < 0.5 * (x.es[j] / zs);
+            at_top = slope_of(compare<kKind>(p, q, k.w(all<V>(to_real(row.s[j])), all<V>(to_real(row.t[j]))) - k.lambda), mix, apart);
+        }
+        R slope_at_top[lanes<V>];
+        store(slope_at_top, at_top);
+        if (kReverse) at_top = zero;                        // slopes come relative to it, without rounding error
+        RowSum<V> mass, value, mean;
+        auto one = [&](V s, V t, int64_t i) {
+            const Pair<V> both = pair(s, t, i);
+            const Share<V> share = share_of<kKind>(both, mix);
+            V slope = share.slope;
+            if constexpr (kReverse) slope = both.q > zero ? to_top.w(s, t) : zero;
+            if constexpr (is_mixture(kKind)) if (apart) slope = slope_apart<kKind>(both, mix);
+            slope = both.q * (slope - at_top);
+            store(x.et + i, slope);
+            mass.add(both.d);
+            value.add(share.value);
+            mean.add(slope);
+        };
+        along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
+                     [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
+                     [&] { mass.carry(); value.carry(); mean.carry(); });
+        const double S = mean.total(), M = mass.total();
+        f.s = all<V>(R(-g * S / zs));
+        f.t = all<V>(R(-g));
+        if (kKind == KDLAB_TOTAL_VARIATION || apart) return value.total();
+        return value.total() - M * (S + slope_at_top[0]) + bend() * M * M / 2;
+    }
+
+    static V slope_of(const Pair<V>& x, V mix, bool apart) {
+        if constexpr (is_mixture(kKind)) if (apart) return slope_apart<kKind>(x, mix);
+        return share_of<kKind>(x, mix).slope;
+    }
+
+    // The second pass of an ordinary row, when the sums of the exponentials are known.
+    double ordinary_row(const Row<E>& row, double zs, double zt, double g, Factors<V>& f) const {
+        RowSum<V> slope, to_s, to_t;
+        if (kKind == KDLAB_TOTAL_VARIATION) {               // slope 0 where q > p, else -1
+            const V ps = all<V>(R(1 / zs)), pt = all<V>(R(1 / zt)), zero = V{};
+            along_row<V>((cols + lanes<V> - 1) / lanes<V> * lanes<V>, [&](int64_t i) {       // all is 0 behind the end
+                V es = load(x.es + i), d = fma(es, ps, -(load(x.et + i) * pt)), below = d > zero ? zero : es;
+                store(x.et + i, below);
+                slope.add(below);
+                to_s.add(abs(d));
+            }, [](int64_t, int) {}, [&] { slope.carry(); to_s.carry(); });
+            f.t = all<V>(R(g / zs));
+            f.s = all<V>(R(g / zs * (slope.total() / zs)));
+            return to_s.total() / 2;
+        }
+        if constexpr (is_mixture(kKind)) {
+            const double a = job.mix, rest = 1 - a, shift = std::log2(zs / zt);
+            const double of_t = (kKind == KDLAB_SKEW_REVERSE_KL ? rest : a) * (zs / zt), of_s = kKind == KDLAB_SKEW_REVERSE_KL ? a : rest;
+            const Mixture<V> k = {all<V>(R(of_s)), all<V>(R(of_t)), all<V>(R(shift)), all<V>(R(of_s * log2_of_e))};
+            const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
+            auto one = [&](V s, V t, int64_t i) {
+                auto terms = mixed_terms<kKind>(s - from_s, t - from_t, load(x.es + i), load(x.et + i), k, temperature);
+                store(x.et + i, terms.slope);
+                slope.add(terms.slope);
+                to_s.add(terms.to_s);
+                to_t.add(terms.to_t);
+            };
+            along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
+                [&](int64_t i, int n) {
+                    one(load_part(row.s + i, n, all<V>(row.from_s)), load_part(row.t + i, n, all<V>(row.from_t)), i);
+                }, [&] { slope.carry(); to_s.carry(); to_t.carry(); });
+            const double factor = kKind == KDLAB_SKEW_KL ? -rest * zs / zt : kKind == KDLAB_JSD ? rest / log2_of_e : 1 / log2_of_e;
+            f.t = all<V>(R(-g * factor / zs));
+            f.s = all<V>(R(-g * factor / zs * (slope.total() / zs)));
+            const double kl_s = to_s.total() / zs, kl_t = to_t.total() / zt + (shift - double(R(shift)));
+            const double bits = kKind == KDLAB_JSD ? a * kl_t + rest * kl_s : kKind == KDLAB_SKEW_KL ? kl_t : kl_s;
+            return bits / log2_of_e + (double(R(of_s)) - of_s) + (double(R(of_t)) - of_t) * (zt / zs);   // m was off by so much
+        }
+        return 0;
+    }
+
+    // A divergence other than the forward KL, in the form that the row needs
+    double family_row(const Row<E>& row, const Sums<V>& z, double m, double zs, double zt, double g, Factors<V>& f) const {
+        const double kl = kReverse ? -m / zs / job.T - std::log(zs / zt) : m / zt / job.T + std::log(zs / zt);
+        const R top = max_of(z.top_s);
+        const double top_s = std::exp((double(top) - double(row.from_s)) / job.T) / zs;
+        const double top_t = std::exp((double(max_of(z.top_t)) - double(row.from_t)) / job.T) / zt;
+        if (is_sure(top_s)) return careful_row(row, top, zs, zt, Form::sure, g, f);
+        const bool rough = kReverse ? std::fabs(m / zs / job.T) > 8 : is_mixture(kKind) && z.raised;   // lowered: rounded twice
+        const bool near = !std::isfinite(kl) || rough || is_near(kl, std::fmax(top_s, top_t));
+        if (near || !kReverse) {
+            const double value = near ? careful_row(row, top, zs, zt, Form::near, g, f) : ordinary_row(row, zs, zt, g, f);
+            return is_apart(value) ? careful_row(row, top, zs, zt, Form::apart, g, f) : value;
+        }
+        f.t = all<V>(R(g / job.T / zs));                    // slope = (a - b) / T + const
+        f.s = all<V>(R(g / job.T / zs * (m / zs)));
+        return kl;
     }
 
     // CE with label y. Leaves h_y - Z_h in the place of h_y, so that the gradient is h / Z_h everywhere; from the other
@@ -395,12 +631,21 @@ public:
                 double zs = z.zs.total(), zt = z.zt.total(), m = z.m.total();
                 double g_kl = g * job.kl_weight * job.kl_factor / job.T;
                 bool excludes = !std::isfinite(m);          // a class at -inf, or the row is spoiled anyway
-                if (excludes) m = sum_of_differences(row);
-                f.s = all<V>(R(g_kl / zs));
-                f.t = all<V>(R(g_kl / zt));
-                kl = zs > 0 && zt > 0 ? m / zt / job.T + std::log(zs / zt) : NAN;         // NaN: a row wholly at -inf
-                if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
-                else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
+                if (excludes && !kReverse) m = sum_of_differences(row);
+                bool row_is_fine = zs > 0 && zt > 0;        // neither NaN nor a row wholly at -inf
+                if constexpr (kForward) {
+                    f.s = all<V>(R(g_kl / zs));
+                    f.t = all<V>(R(g_kl / zt));
+                    kl = row_is_fine ? m / zt / job.T + std::log(zs / zt) : NAN;
+                    if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
+                    else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
+                    if (kKind == KDLAB_SOFT_CROSS_ENTROPY) kl += entropy_of(row, z, zt, excludes);
+                } else if (!row_is_fine || (kReverse && excludes && excludes_more(row))) {
+                    f.s = f.t = all<V>(NAN);
+                    kl = row_is_fine ? INFINITY : NAN;
+                } else {
+                    kl = family_row(row, z, m, zs, zt, g_kl, f);
+                }
             }
             job.write_row(r, kl, ce);
         }
