@@ -19,63 +19,20 @@ public:
     V total() const { return sum + part; }
 };
 
-template <int kKind, bool kCE, class E>
-class NarrowRows {
-    static constexpr bool kKL = kKind != only_cross_entropy;
+// A divergence of as many rows as there are lanes, columns first
+template <int kKind, class V>
+struct NarrowFamily {
     static constexpr bool kForward = kKind == KDLAB_FORWARD_KL || kKind == KDLAB_SOFT_CROSS_ENTROPY;
-    typedef VecOf<E> V;
     typedef Real<V> R;
     static constexpr int L = lanes<V>;
 
     const Job& job;
     const int cols;
-    const Temperature<V> temperature, one{1.0};
-    R *s, *t, *es, *et, *h;                                 // [cols][lanes]
-
-    // Up to L rows from r on, columns first. Lanes beyond n repeat the last row.
-    void gather(const void* matrix, int64_t stride, int64_t r, int n, R* out) const {
-        const E* first = static_cast<const E*>(matrix) + r * stride;
-        auto row_of = [&](int lane) { return first + (lane < n ? lane : n - 1) * stride; };
-        if constexpr (has_transpose<E>) {
-            for (int c = 0; c < cols; c += L) {
-                const int width = cols - c < L ? cols - c : L;
-                V block[L];
-                for (int lane = 0; lane < L; ++lane) block[lane] = load_part(row_of(lane) + c, width, V{});
-                transpose(block);
-                for (int i = 0; i < width; ++i) store(out + (c + i) * L, block[i]);
-            }
-        } else {
-            for (int lane = 0; lane < L; ++lane)
-                for (int c = 0; c < cols; ++c) out[c * L + lane] = to_real(row_of(lane)[c]);
-        }
-    }
-
-    // The way back, into the gradient; zeros where a row does not count.
-    void scatter(const R* in, int64_t r, int n, const bool* counts) const {
-        E* first = static_cast<E*>(job.grad) + r * cols;
-        if constexpr (has_transpose<E>) {
-            for (int c = 0; c < cols; c += L) {
-                const int width = cols - c < L ? cols - c : L;
-                V block[L];
-                for (int i = 0; i < L; ++i) block[i] = i < width ? load(in + (c + i) * L) : V{};
-                transpose(block);
-                for (int lane = 0; lane < n; ++lane)
-                    store_part(first + lane * cols + c, width, counts[lane] ? block[lane] : V{});
-            }
-        } else {
-            for (int lane = 0; lane < n; ++lane)
-                for (int c = 0; c < cols; ++c) from_real(counts[lane] ? in[c * L + lane] : R(0), first + lane * cols + c);
-        }
-    }
-
-    V maximum(const R* x) const {
-        V m = load(x);
-        for (int c = 1; c < cols; ++c) m = max(m, load(x + c * L));
-        return m;
-    }
+    const Temperature<V>& temperature;
+    R *s, *t, *es, *et;
 
     // The divergence of each lane; leaves T times its gradient in es.
-    V divergence(V max_s, V max_t) const {
+    KDLAB_OUT_OF_LINE V divergence(V max_s, V max_t) const {
         const V low = all<V>(-INFINITY), zero = V{};
         LaneSum<V> sum_s, sum_t, others_t, mass;
         V excludes_more = V{}, top_count = V{}, t_at_top = V{};
@@ -138,7 +95,8 @@ class NarrowRows {
     // Slopes are taken relative to that of the student's likeliest class, because next to it the others are small where
     // it has nearly all the mass.
     V family(const Close<V>& k, const Difference<V>& at_the_top, V spoil, V excludes_more) const {
-        const V mix = all<V>(R(job.mix)), zero = V{};
+        const Mix<V> mix(job.mix);
+        const V zero = V{};
         const Close<V> to_top = {at_the_top.difference, at_the_top.error, k.inverse_T, V{}, V{}, V{}, V{}};
         LaneSum<V> value, mean;
         V top = all<V>(-1), at_top = V{}, overlap = V{};
@@ -162,6 +120,75 @@ class NarrowRows {
         for (int i = 0; i < cols * L; i += L) store(es + i, load(es + i) * ((load(et + i) - at_top) - from));
         return value.total() + spoil;
     }
+};
+
+template <bool kKL, bool kCE, class E>
+class NarrowRows {
+    typedef VecOf<E> V;
+    typedef Real<V> R;
+    static constexpr int L = lanes<V>;
+
+    const Job& job;
+    const int cols;
+    const Temperature<V> temperature, one{1.0};
+    R *s, *t, *es, *et, *h;                                 // [cols][lanes]
+
+    // Up to L rows from r on, columns first. Lanes beyond n repeat the last row.
+    void gather(const void* matrix, int64_t stride, int64_t r, int n, R* out) const {
+        const E* first = static_cast<const E*>(matrix) + r * stride;
+        auto row_of = [&](int lane) { return first + (lane < n ? lane : n - 1) * stride; };
+        if constexpr (has_transpose<E>) {
+            for (int c = 0; c < cols; c += L) {
+                const int width = cols - c < L ? cols - c : L;
+                V block[L];
+                for (int lane = 0; lane < L; ++lane) block[lane] = load_part(row_of(lane) + c, width, V{});
+                transpose(block);
+                for (int i = 0; i < width; ++i) store(out + (c + i) * L, block[i]);
+            }
+        } else {
+            for (int lane = 0; lane < L; ++lane)
+                for (int c = 0; c < cols; ++c) out[c * L + lane] = to_real(row_of(lane)[c]);
+        }
+    }
+
+    // The way back, into the gradient; zeros where a row does not count.
+    void scatter(const R* in, int64_t r, int n, const bool* counts) const {
+        E* first = static_cast<E*>(job.grad) + r * cols;
+        if constexpr (has_transpose<E>) {
+            for (int c = 0; c < cols; c += L) {
+                const int width = cols - c < L ? cols - c : L;
+                V block[L];
+                for (int i = 0; i < L; ++i) block[i] = i < width ? load(in + (c + i) * L) : V{};
+                transpose(block);
+                for (int lane = 0; lane < n; ++lane)
+                    store_part(first + lane * cols + c, width, counts[lane] ? block[lane] : V{});
+            }
+        } else {
+            for (int lane = 0; lane < n; ++lane)
+                for (int c = 0; c < cols; ++c) from_real(counts[lane] ? in[c * L + lane] : R(0), first + lane * cols + c);
+        }
+    }
+
+    V maximum(const R* x) const {
+        V m = load(x);
+        for (int c = 1; c < cols; ++c) m = max(m, load(x + c * L));
+        return m;
+    }
+
+    // The divergence of each lane; leaves T times its gradient in es.
+    V divergence(V max_s, V max_t) const {
+        switch (job.kind) {
+            case KDLAB_REVERSE_KL: return of<KDLAB_REVERSE_KL>(max_s, max_t);
+            case KDLAB_JSD: return of<KDLAB_JSD>(max_s, max_t);
+            case KDLAB_SKEW_KL: return of<KDLAB_SKEW_KL>(max_s, max_t);
+            case KDLAB_SKEW_REVERSE_KL: return of<KDLAB_SKEW_REVERSE_KL>(max_s, max_t);
+            case KDLAB_TOTAL_VARIATION: return of<KDLAB_TOTAL_VARIATION>(max_s, max_t);
+            case KDLAB_SOFT_CROSS_ENTROPY: return of<KDLAB_SOFT_CROSS_ENTROPY>(max_s, max_t);
+            default: return of<KDLAB_FORWARD_KL>(max_s, max_t);
+        }
+    }
+    template <int kKind>
+    V of(V max_s, V max_t) const { return NarrowFamily<kKind, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t); }
 
     // CE of each lane; leaves h / Z_h - [class = y] in h.
     V hard_label(V max_s, V y) const {
@@ -211,7 +238,7 @@ private:
         V max_s = maximum(s), kl = V{}, ce = V{};
         if (kKL) {
             gather(job.teacher, job.teacher_stride, r, n, t);
-            if constexpr (kKL) kl = divergence(max_s, maximum(t));
+            kl = divergence(max_s, maximum(t));
         }
         if (kCE) ce = hard_label(max_s, load(y));
 

@@ -176,11 +176,16 @@ inline V share_to_mix(V p, V x, const Logs<V>& logs, V d_mixed) {
 }
 
 template <class V> struct Share { V value, slope; };             // of a class; the slope is finite where q > 0
+template <class V>
+struct Mix {                                                     // beta or alpha, and 1 - that with its own digits
+    V mix, rest;
+    explicit Mix(double x) : mix(all<V>(Real<V>(x))), rest(all<V>(Real<V>(1 - x))) {}
+};
 
 // Slopes count up to a constant. This one makes them small where the two are close.
 template <int kKind, class V>
-inline Share<V> share_of(const Pair<V>& x, V mix) {
-    const V rest = all<V>(1) - mix, zero = V{};
+inline Share<V> share_of(const Pair<V>& x, const Mix<V>& mixture) {
+    const V mix = mixture.mix, rest = mixture.rest, zero = V{};
     if constexpr (kKind == KDLAB_REVERSE_KL) {                   // q psi(-v)
         V back = -x.v, far = (x.q > zero ? x.q * x.v : zero) - x.d;
         return {abs(x.v) < series_range<V> ? x.q * psi(back) : far, x.q > zero ? x.v : zero};
@@ -208,9 +213,10 @@ inline Share<V> share_of(const Pair<V>& x, V mix) {
 // And this one where they hardly overlap, so that nearly all of the student's mass has nearly the same slope; only the
 // mixtures need it. z is what the teacher adds to the student's part of the mixture, in units of that.
 template <int kKind, class V>
-inline V slope_apart(const Pair<V>& x, V mix) {
-    const V rest = all<V>(1) - mix, one = all<V>(1), of_s = kKind == KDLAB_SKEW_REVERSE_KL ? mix : rest;
-    const V z = min((one - of_s) * x.p / (of_s * x.q), all<V>(Real<V>(1e30)));
+inline V slope_apart(const Pair<V>& x, const Mix<V>& mixture) {
+    const V mix = mixture.mix, rest = mixture.rest, one = all<V>(1);
+    const V of_s = kKind == KDLAB_SKEW_REVERSE_KL ? mix : rest, of_t = kKind == KDLAB_SKEW_REVERSE_KL ? rest : mix;
+    const V z = min(of_t * x.p / (of_s * x.q), all<V>(Real<V>(1e30)));
     if (kKind == KDLAB_JSD) return -rest * logs_of(z).log1p;
     if (kKind == KDLAB_SKEW_KL) return -(rest / mix) * (z / (one + z));
     const Logs<V> logs = logs_of(z);

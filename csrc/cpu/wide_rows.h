@@ -20,38 +20,6 @@ struct Row {
     R from_s, from_t;                       // the references
 };
 
-template <class V>
-struct Scratch { Real<V> *es, *et, *h; };
-
-// A sum over a row: a few vectors are added in their own precision, then the lanes go on in double.
-template <class V> class RowSum;
-template <>
-class RowSum<F32> {
-    F32 part = {};
-    F64 low = {}, high = {};
-public:
-    void add(F32 x) { part = part + x; }
-    void carry() {
-        carry(part);
-        part = F32{};
-    }
-    void carry(F32 sum) {
-        low = low + low_half(sum);
-        high = high + high_half(sum);
-    }
-    double total() const { return sum_of(low + high); }
-};
-template <>
-class RowSum<F64> {
-    F64 all = {};
-public:
-    void add(F64 x) { all = all + x; }
-    void carry() {}
-    void carry(F64 sum) { all = all + sum; }
-    double total() const { return sum_of(all); }
-};
-constexpr int64_t carry_every = 8;
-
 // What a part of a row adds up to; `entropy` is the sum of e_t b
 template <class V>
 struct Part { V zs, zt, m, zh, entropy; };
@@ -81,10 +49,10 @@ struct Sums {
     V top_s = all<V>(-INFINITY), top_t = top_s;             // maxima of the row so far
     bool raised = false;                                    // was the reference changed?
 
-    template <int kKind, bool kCE>
+    template <int kSweep, bool kCE>
     void carry(const Part<V>& p) {
-        if (kKind != only_cross_entropy) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
-        if (kKind == KDLAB_SOFT_CROSS_ENTROPY) entropy.carry(p.entropy);
+        if (kSweep != only_cross_entropy) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
+        if (kSweep == KDLAB_SOFT_CROSS_ENTROPY) entropy.carry(p.entropy);
         if (kCE) zh.carry(p.zh);
     }
 };
@@ -113,31 +81,17 @@ inline void give_pair(E* p, V x, V y, bool past_cache) {
     give<false>(p + lanes<V>, 0, y, past_cache);
 }
 
-// Calls body(i) for whole vectors, tail(i, n) for the last n elements, and after every few vectors carry().
-template <class V, class Body, class Tail, class Carry>
-inline void along_row(int64_t cols, Body body, Tail tail, Carry carry) {
-    constexpr int64_t step = carry_every * lanes<V>;
-    const int64_t end = cols - cols % lanes<V>;
-    int64_t i = 0;
-    while (i < end) {
-        for (int64_t stop = i + step < end ? i + step : end; i < stop; i += lanes<V>) body(i);
-        carry();
-    }
-    if (i < cols) {
-        tail(i, static_cast<int>(cols - i));
-        carry();
-    }
-}
-
-template <int kKind, bool kCE, class E>
+// kSweep is the divergence, or another that needs the same sums: the forward KL for total variation, JSD for a mixture.
+template <int kSweep, bool kCE, class E>
 class WideRows {
-    static constexpr bool kKL = kKind != only_cross_entropy, kReverse = kKind == KDLAB_REVERSE_KL;
-    static constexpr bool kForward = kKind == KDLAB_FORWARD_KL || kKind == KDLAB_SOFT_CROSS_ENTROPY;
+    static constexpr bool kKL = kSweep != only_cross_entropy, kReverse = kSweep == KDLAB_REVERSE_KL;
+    static constexpr bool kSoftCE = kSweep == KDLAB_SOFT_CROSS_ENTROPY;
+    static constexpr bool kForward = kSweep == KDLAB_FORWARD_KL || kSoftCE;
     typedef VecOf<E> V;
     typedef Real<V> R;
 
     const Job& job;
-    const int64_t cols, end;
+    const int64_t cols, padded, end;
     const Temperature<V> temperature, one{1.0};
     Scratch<V> x;
     static constexpr int most_e = 4;                        // the largest exponential
@@ -238,7 +192,7 @@ class WideRows {
             V a = s - from_s;
             top_s = max(s, top_s);
             if (kKL) {
-                V b = t - from_t, es = quick_exp<is_mixture(kKind)>(a, T), et = quick_exp<is_mixture(kKind)>(b, T);
+                V b = t - from_t, es = quick_exp<is_mixture(kSweep)>(a, T), et = quick_exp<is_mixture(kSweep)>(b, T);
                 top_t = max(t, top_t);
                 p.zs = p.zs + es;
                 p.zt = p.zt + et;
@@ -248,7 +202,7 @@ class WideRows {
                 } else {
                     p.m = fma(et, b - a, p.m);
                 }
-                if (kKind == KDLAB_SOFT_CROSS_ENTROPY) p.entropy = fma(et, b, p.entropy);
+                if (kSoftCE) p.entropy = fma(et, b, p.entropy);
                 store(x.es + i, es);
                 store(x.et + i, et);
             }
@@ -313,7 +267,7 @@ class WideRows {
                 p = part<false>(row, grad, f, begin, end, z);
             }
             *from++ = {row.from_s, row.from_t};
-            z.template carry<kKind, kCE>(p);
+            z.template carry<kSweep, kCE>(p);
         }
         if (raised) bring_up_to_date(row);
         z.raised = raised;
@@ -380,212 +334,29 @@ class WideRows {
         return false;
     }
 
-    // The teacher's entropy. Where one class has most of its mass, from the others: log Z_t would cancel.
-    double entropy_of(const Row<E>& row, const Sums<V>& z, double zt, bool excludes) const {
-        const R top = max_of(z.top_t);
-        const double most = std::exp((double(top) - double(row.from_t)) / job.T);
-        if (most < 0.3 * zt && !excludes) return std::log(zt) - z.entropy.total() / zt / job.T;
-        const V from = all<V>(top), one_more = all<V>(1);
-        RowSum<V> others, sum, tops;
-        auto one = [&](V t) {
-            V e = careful_exp(t, from, temperature);
-            sum.add(e * max(temperature.floor, t - from));
-            others.add(t < from ? e : V{});
-            tops.add(t < from ? V{} : one_more);
-        };
-        along_row<V>(cols, [&](int64_t i) { one(load(row.t + i)); },
-                     [&](int64_t i, int n) { one(load_part(row.t + i, n, low)); },
-                     [&] { sum.carry(); others.carry(); tops.carry(); });
-        const double rest = others.total() + (tops.total() - 1);
-        return std::log1p(rest) - sum.total() / (1 + rest) / job.T;
-    }
-
-    // The sums of the row's exponentials again, with all their digits. They replace those in the scratch.
-    void remake(const Row<E>& row, double& zs, double& zt) const {
-        const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
-        RowSum<V> s, t;
-        auto one = [&](V a, V b, int64_t i) {
-            V es = careful_exp(a, from_s, temperature), et = careful_exp(b, from_t, temperature);
-            store(x.es + i, es);
-            store(x.et + i, et);
-            s.add(es);
-            t.add(et);
-        };
-        along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
-                     [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
-                     [&] { s.carry(); t.carry(); });
-        zs = s.total();
-        zt = t.total();
-    }
-
-    // Where the largest logit of the student is
-    int64_t place_of(const E* s, R top) const {
-        constexpr int64_t block = 8 * lanes<V>;
-        for (int64_t i = 0; i < cols; i += block) {
-            V most = low;
-            const int64_t end = i + block < cols ? i + block : cols;
-            for (int64_t j = i; j < end; j += lanes<V>)
-                most = max(j + lanes<V> <= end ? load(s + j) : load_part(s + j, static_cast<int>(end - j), low), most);
-            if (max_of(most) < top) continue;
-            for (int64_t j = i; j < end; ++j)
-                if (to_real(s[j]) == top) return j;
-        }
-        return 0;
-    }
-
-    // The forms of a divergence other than the forward KL. Which one a row needs is what experiments say for an error of
-    // 1e-6: values carry about 2e-8 whatever their size, and slopes 1e-7, against which their differences count.
-    enum class Form { near, sure, apart };
-
-    bool is_near(double kl, double top) const {
-        if (sizeof(R) == 8) return kl * bend() < 1e-3;
-        if (is_mixture(kKind)) return needs_care() || kl * bend() < (kKind == KDLAB_JSD ? 0.01 : 0.03) + 0.05 * std::sqrt(top);
-        return kl < 0.03 + 0.16 * std::sqrt(top);
-    }
-    // Are the slopes where the student has mass so little apart that the fast form cannot tell them?
-    bool needs_care() const {
-        return (kKind == KDLAB_JSD && job.mix < 0.25) || (kKind == KDLAB_SKEW_REVERSE_KL && job.mix > 0.25) || job.mix == 1;
-    }
-    static bool is_sure(double top_s) { return top_s > (kReverse ? 0.7 : 0.5); }
-    bool is_apart(double value) const {
-        return (kKind == KDLAB_JSD && value > 0.75 * largest()) || (kKind == KDLAB_SKEW_REVERSE_KL && value > 0.65 * largest());
-    }
-
-    // What a mixture's value tends to where student and teacher have nothing in common
-    double largest() const {
-        const double a = job.mix;
-        return kKind == KDLAB_JSD ? -a * std::log(a) - (1 - a) * std::log(1 - a) : -std::log(a);
-    }
-
-    // How much the value bends with log(p_s / p_t), where they are equal
-    double bend() const {
-        if (kKind == KDLAB_JSD) return job.mix * (1 - job.mix);
-        return is_mixture(kKind) ? (1 - job.mix) * (1 - job.mix) : 1;
-    }
-
-    // A divergence in careful form. Leaves q (slope - that of the student's likeliest class) in the place of e_t: where
-    // that class has nearly all the mass, the slopes of the others are small next to its own. The exponentials fix
-    // log(Z_s / Z_t) to their rounding only; M = sum p (e^v - 1), which should be 0, says by how much v is off, and
-    // what that does to the value is taken back.
-    double careful_row(const Row<E>& row, R top, double zs, double zt, Form form, double g, Factors<V>& f) const {
-        const bool sure = form == Form::sure;
-        if (sure || form == Form::apart || kReverse) remake(row, zs, zt);     // the others still are what the sweep made
-        const double c = double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);
-        Close<V> k = {}, to_top = {};
-        k.c = all<V>(R(c));
-        k.c_error = all<V>(R(c - double(R(c))));
-        k.inverse_T = to_top.inverse_T = all<V>(R(1 / job.T));
-        const V mix = all<V>(R(job.mix)), ps = all<V>(R(1 / zs)), pt = all<V>(R(1 / zt)), zero = V{};
-        auto pair = [&](V s, V t, int64_t i) {
-            return compare<kKind>(load(x.et + i) * pt, load(x.es + i) * ps, k.w(s, t) - k.lambda);
-        };
-        if (kKind == KDLAB_TOTAL_VARIATION) {               // its slope is a sign: v must be right before
-            RowSum<V> mass;
-            auto one = [&](V s, V t, int64_t i) { mass.add(pair(s, t, i).d); };
-            along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
-                         [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
-                         [&] { mass.carry(); });
-            k.lambda = all<V>(R(std::log1p(mass.total())));
-        }
-        bool apart = form == Form::apart;
-        V at_top = zero;
-        if (sure || kReverse) {
-            const int64_t j = place_of(row.s, top);
-            const Difference<V> top_of(all<V>(to_real(row.s[j])), all<V>(to_real(row.t[j])));
-            to_top.c = top_of.difference;
-            to_top.c_error = top_of.error;
-            const V q = all<V>(x.es[j]) * ps, p = all<V>(x.et[j]) * pt;
-            apart = is_mixture(kKind) && x.et[j] / zt < 0.5 * (x.es[j] / zs);
-            at_top = slope_of(compare<kKind>(p, q, k.w(all<V>(to_real(row.s[j])), all<V>(to_real(row.t[j]))) - k.lambda), mix, apart);
-        }
-        R slope_at_top[lanes<V>];
-        store(slope_at_top, at_top);
-        if (kReverse) at_top = zero;                        // slopes come relative to it, without rounding error
-        RowSum<V> mass, value, mean;
-        auto one = [&](V s, V t, int64_t i) {
-            const Pair<V> both = pair(s, t, i);
-            const Share<V> share = share_of<kKind>(both, mix);
-            V slope = share.slope;
-            if constexpr (kReverse) slope = both.q > zero ? to_top.w(s, t) : zero;
-            if constexpr (is_mixture(kKind)) if (apart) slope = slope_apart<kKind>(both, mix);
-            slope = both.q * (slope - at_top);
-            store(x.et + i, slope);
-            mass.add(both.d);
-            value.add(share.value);
-            mean.add(slope);
-        };
-        along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
-                     [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
-                     [&] { mass.carry(); value.carry(); mean.carry(); });
-        const double S = mean.total(), M = mass.total();
-        f.s = all<V>(R(-g * S / zs));
-        f.t = all<V>(R(-g));
-        if (kKind == KDLAB_TOTAL_VARIATION || apart) return value.total();
-        return value.total() - M * (S + slope_at_top[0]) + bend() * M * M / 2;
-    }
-
-    static V slope_of(const Pair<V>& x, V mix, bool apart) {
-        if constexpr (is_mixture(kKind)) if (apart) return slope_apart<kKind>(x, mix);
-        return share_of<kKind>(x, mix).slope;
-    }
-
-    // The second pass of an ordinary row, when the sums of the exponentials are known.
-    double ordinary_row(const Row<E>& row, double zs, double zt, double g, Factors<V>& f) const {
-        RowSum<V> slope, to_s, to_t;
-        if (kKind == KDLAB_TOTAL_VARIATION) {               // slope 0 where q > p, else -1
-            const V ps = all<V>(R(1 / zs)), pt = all<V>(R(1 / zt)), zero = V{};
-            along_row<V>((cols + lanes<V> - 1) / lanes<V> * lanes<V>, [&](int64_t i) {       // all is 0 behind the end
-                V es = load(x.es + i), d = fma(es, ps, -(load(x.et + i) * pt)), below = d > zero ? zero : es;
-                store(x.et + i, below);
-                slope.add(below);
-                to_s.add(abs(d));
-            }, [](int64_t, int) {}, [&] { slope.carry(); to_s.carry(); });
-            f.t = all<V>(R(g / zs));
-            f.s = all<V>(R(g / zs * (slope.total() / zs)));
-            return to_s.total() / 2;
-        }
-        if constexpr (is_mixture(kKind)) {
-            const double a = job.mix, rest = 1 - a, shift = std::log2(zs / zt);
-            const double of_t = (kKind == KDLAB_SKEW_REVERSE_KL ? rest : a) * (zs / zt), of_s = kKind == KDLAB_SKEW_REVERSE_KL ? a : rest;
-            const Mixture<V> k = {all<V>(R(of_s)), all<V>(R(of_t)), all<V>(R(shift)), all<V>(R(of_s * log2_of_e))};
-            const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
-            auto one = [&](V s, V t, int64_t i) {
-                auto terms = mixed_terms<kKind>(s - from_s, t - from_t, load(x.es + i), load(x.et + i), k, temperature);
-                store(x.et + i, terms.slope);
-                slope.add(terms.slope);
-                to_s.add(terms.to_s);
-                to_t.add(terms.to_t);
-            };
-            along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
+    // The row's logits in the precision of the arithmetic, copied if they are not
+    RealRow<V> real(const Row<E>& row) const {
+        if constexpr (sizeof(E) == sizeof(R)) {
+            return {row.s, row.t, row.from_s, row.from_t};
+        } else {
+            R *s = reinterpret_cast<R*>(references) - 2 * padded, *t = s + padded;
+            along_row<V>(cols, [&](int64_t i) { store(s + i, load(row.s + i)); store(t + i, load(row.t + i)); },
                 [&](int64_t i, int n) {
-                    one(load_part(row.s + i, n, all<V>(row.from_s)), load_part(row.t + i, n, all<V>(row.from_t)), i);
-                }, [&] { slope.carry(); to_s.carry(); to_t.carry(); });
-            const double factor = kKind == KDLAB_SKEW_KL ? -rest * zs / zt : kKind == KDLAB_JSD ? rest / log2_of_e : 1 / log2_of_e;
-            f.t = all<V>(R(-g * factor / zs));
-            f.s = all<V>(R(-g * factor / zs * (slope.total() / zs)));
-            const double kl_s = to_s.total() / zs, kl_t = to_t.total() / zt + (shift - double(R(shift)));
-            const double bits = kKind == KDLAB_JSD ? a * kl_t + rest * kl_s : kKind == KDLAB_SKEW_KL ? kl_t : kl_s;
-            return bits / log2_of_e + (double(R(of_s)) - of_s) + (double(R(of_t)) - of_t) * (zt / zs);   // m was off by so much
+                    store(s + i, load_part(row.s + i, n, low));
+                    store(t + i, load_part(row.t + i, n, low));
+                }, [] {});
+            return {s, t, row.from_s, row.from_t};
         }
-        return 0;
     }
 
-    // A divergence other than the forward KL, in the form that the row needs
-    double family_row(const Row<E>& row, const Sums<V>& z, double m, double zs, double zt, double g, Factors<V>& f) const {
-        const double kl = kReverse ? -m / zs / job.T - std::log(zs / zt) : m / zt / job.T + std::log(zs / zt);
-        const R top = max_of(z.top_s);
-        const double top_s = std::exp((double(top) - double(row.from_s)) / job.T) / zs;
-        const double top_t = std::exp((double(max_of(z.top_t)) - double(row.from_t)) / job.T) / zt;
-        if (is_sure(top_s)) return careful_row(row, top, zs, zt, Form::sure, g, f);
-        const bool rough = kReverse ? std::fabs(m / zs / job.T) > 8 : is_mixture(kKind) && z.raised;   // lowered: rounded twice
-        const bool near = !std::isfinite(kl) || rough || is_near(kl, std::fmax(top_s, top_t));
-        if (near || !kReverse) {
-            const double value = near ? careful_row(row, top, zs, zt, Form::near, g, f) : ordinary_row(row, zs, zt, g, f);
-            return is_apart(value) ? careful_row(row, top, zs, zt, Form::apart, g, f) : value;
+    double family(const RealRow<V>& row, const RowSums<V>& z, double g, Factors<V>& f) const {
+        if constexpr (kReverse) return FamilyRows<KDLAB_REVERSE_KL, V>(job, temperature, x).value(row, z, g, f);
+        switch (job.kind) {
+            case KDLAB_JSD: return FamilyRows<KDLAB_JSD, V>(job, temperature, x).value(row, z, g, f);
+            case KDLAB_SKEW_KL: return FamilyRows<KDLAB_SKEW_KL, V>(job, temperature, x).value(row, z, g, f);
+            case KDLAB_SKEW_REVERSE_KL: return FamilyRows<KDLAB_SKEW_REVERSE_KL, V>(job, temperature, x).value(row, z, g, f);
+            default: return FamilyRows<KDLAB_TOTAL_VARIATION, V>(job, temperature, x).value(row, z, g, f);
         }
-        f.t = all<V>(R(g / job.T / zs));                    // slope = (a - b) / T + const
-        f.s = all<V>(R(g / job.T / zs * (m / zs)));
-        return kl;
     }
 
     // CE with label y. Leaves h_y - Z_h in the place of h_y, so that the gradient is h / Z_h everywhere; from the other
@@ -605,11 +376,10 @@ class WideRows {
     }
 
 public:
-    WideRows(const Job& j, int64_t stop, void* memory) : job(j), cols(j.cols), end(stop), temperature(j.T) {
-        const int64_t padded = (cols + 15) / 16 * 16;
+    WideRows(const Job& j, int64_t stop, void* memory) : job(j), cols(j.cols), padded((cols + 15) / 16 * 16), end(stop), temperature(j.T) {
         R* m = static_cast<R*>(memory);
         x = {m, kKL ? m + padded : m, kCE && kKL ? m + 2 * padded : m};
-        references = reinterpret_cast<Reference*>(m + 3 * padded);
+        references = reinterpret_cast<Reference*>(m + (sizeof(E) < sizeof(R) ? 5 : 3) * padded);
         margin = R(std::log(most_e) * (kCE && job.T > 1 ? 1 : job.T));
     }
 
@@ -627,24 +397,26 @@ public:
                 ce = hard_label(row, job.target[r], zh);
                 f.h = all<V>(R(g * job.ce_weight / zh));
             }
-            if (kKL) {
+            if constexpr (kKL) {
                 double zs = z.zs.total(), zt = z.zt.total(), m = z.m.total();
                 double g_kl = g * job.kl_weight * job.kl_factor / job.T;
                 bool excludes = !std::isfinite(m);          // a class at -inf, or the row is spoiled anyway
                 if (excludes && !kReverse) m = sum_of_differences(row);
                 bool row_is_fine = zs > 0 && zt > 0;        // neither NaN nor a row wholly at -inf
-                if constexpr (kForward) {
+                if (kForward && job.kind != KDLAB_TOTAL_VARIATION) {
                     f.s = all<V>(R(g_kl / zs));
                     f.t = all<V>(R(g_kl / zt));
                     kl = row_is_fine ? m / zt / job.T + std::log(zs / zt) : NAN;
                     if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
                     else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
-                    if (kKind == KDLAB_SOFT_CROSS_ENTROPY) kl += entropy_of(row, z, zt, excludes);
+                    if (kSoftCE)
+                        kl += FamilyRows<KDLAB_SOFT_CROSS_ENTROPY, V>(job, temperature, x)
+                                  .entropy_of(real(row), max_of(z.top_t), z.entropy.total(), zt, excludes);
                 } else if (!row_is_fine || (kReverse && excludes && excludes_more(row))) {
                     f.s = f.t = all<V>(NAN);
                     kl = row_is_fine ? INFINITY : NAN;
                 } else {
-                    kl = family_row(row, z, m, zs, zt, g_kl, f);
+                    kl = family(real(row), {zs, zt, m, max_of(z.top_s), max_of(z.top_t), z.raised || excludes}, g_kl, f);
                 }
             }
             job.write_row(r, kl, ce);
