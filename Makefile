@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/first
 
-.PHONY: lab test setup export widget-data bench gpu clean help
+.PHONY: lab test setup export widget-data gallery bench gpu clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -30,14 +30,19 @@ export: $(VENV)/.built  ## notebooks -> package, command-line table and README; 
 widget-data: $(VENV)/.built  ## make the runs that the widgets show (5 seeds, a few minutes)
 	@$(BIN)/python -c "from kdlab import widget_data; print(widget_data.write())"
 
+gallery: $(VENV)/.built  ## every widget as a page that opens from disk, in gallery/
+	@$(BIN)/kdlab gallery
+
 bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compile
 	@$(BIN)/python benchmarks/soft_kl.py
+	@$(BIN)/python benchmarks/linear.py
+	@$(BIN)/python benchmarks/features.py
 
 gpu: $(VENV)/.built  ## on a machine with a GPU: test, sanitize and time the CUDA kernels
 	@$(BIN)/python benchmarks/gpu.py
 
 clean:           ## remove the environment, builds and runs
-	rm -rf $(VENV) build dist *.egg-info runs .browser kdlab/_C*.so
+	rm -rf $(VENV) build dist *.egg-info runs gallery .browser kdlab/_C*.so
 
 # torch first: everything else must take the version that is there.
 $(VENV)/.deps: constraints.txt settings.ini

@@ -146,6 +146,7 @@ setup(
     install_requires=lines("requirements"),
     extras_require={
         "lab": lines("lab_requirements"),
+        "log": lines("log_requirements"),
         "dev": lines("lab_requirements") + lines("dev_requirements"),
     },
     entry_points={

@@ -17,8 +17,9 @@ import kdlab as kd
 from kdlab import losses, ops
 
 OUT = Path(__file__).parent / "losses.md"
-BASES = {"Loss", "RowLoss", "Divergence", "FeatureLoss", "RelationLoss", "LogitLoss", "Objective"}
-ARXIV = re.compile(r"(?:arXiv:)(\d{4}\.\d{4,5})")
+BASES = {"Loss", "RowLoss", "Divergence", "FeatureLoss", "RelationLoss", "LogitLoss", "Objective",
+         "MapLoss", "ProjectedMapLoss", "TrainedLoss"}
+SOURCE = re.compile(r"(?:arXiv:)(\d{4}\.\d{4,5})|(?:doi:)(10\.[\w./-]*\w)|(?:openreview:)(\w+)")
 
 
 def classes():
@@ -46,9 +47,19 @@ def made(cls, **options):
     "An instance with defaults; a wrapper goes around SoftKL with these options; numbers of channels are those of the samples."
     takes = inspect.signature(cls.__init__).parameters
     if "loss" not in takes:
-        return cls(**{n: 5 for n, p in takes.items() if p.default is p.empty and p.annotation is int}, **options)
+        needed = {n: str(p.annotation) for n, p in takes.items() if p.default is p.empty}
+        numbers = {n: 5 for n, a in needed.items() if "int" in a}
+        own = numbers | {n: -torch.ones(5) if "Tensor" in a else nn.Linear(5, 3) for n, a in needed.items() if "Module" in a}
+        return cls(**own, **options)
     by = {"by": lambda s, t, y: t.softmax(-1).amax(-1)} if cls is kd.RowWeighted else {}
     return cls(kd.SoftKL(**options), **by)
+
+
+def ready(loss, s, t):
+    "The loss, its modules made for these shapes if it waits for them; always the same random numbers."
+    if not (hasattr(loss, "pending") and loss.pending()): return loss
+    torch.manual_seed(0)
+    return loss.made_for(s, t, kd.Projector)
 
 
 def has(cls, option):
@@ -67,13 +78,18 @@ LABELS = torch.tensor([0, 3, 1, 4, 2, 2])
 
 
 def fits(loss):
-    "The first kind of input that the loss takes."
+    "The kinds of input that the loss takes, and the first of them."
+    found = list(_fitting(loss))
+    kinds = [name for name, *_ in found if name != "attention" or len(found) == 1] # any map would do
+    return (", ".join(kinds), *found[0][1:]) if found else None
+
+
+def _fitting(loss):
     for name, s, t in samples():
         if (name == "logits") != hasattr(loss, "ignore_index"): continue
-        try: value = loss(s, t, LABELS) if name == "logits" else loss(s, t)
+        try: value = loss(s, t, LABELS) if name == "logits" else ready(loss, s, t)(s, t)
         except Exception: continue
-        if isinstance(value, torch.Tensor) and value.isfinite().all(): return name, s, t
-    return None
+        if isinstance(value, torch.Tensor) and value.isfinite().all(): yield name, s, t
 
 
 def works(call):
@@ -87,11 +103,13 @@ def same(a, b): return bool(torch.allclose(a, b, rtol=1e-6, atol=1e-9))
 
 def properties(cls):
     "What a loss does, by trying it; None where no input fits or it cannot be made."
-    try: loss = made(cls)
+    quiet = {"share": 0.} if "share" in inspect.signature(cls.__init__).parameters else {}  # of what is erased at random: the probes compare values
+    try: loss = made(cls, **quiet)
     except Exception: return None
     found = fits(loss)
     if found is None: return None
     name, s, t = found
+    loss = ready(loss, s, t)
     logits = name == "logits"
     target = (LABELS,) if logits else ()
     call = lambda a, b: loss(a, b, *target)
@@ -99,7 +117,7 @@ def properties(cls):
     perm = torch.tensor([3, 0, 4, 1, 2])
     place = torch.argsort(perm)
     half = lambda i: loss(rows_of(s, i, i + 3), rows_of(t, i, i + 3), *(y[i:i + 3] for y in target))
-    none = lambda: made(cls, reduction="none")(s, t, *target)
+    none = lambda: ready(made(cls, reduction="none"), s, t)(s, t, *target)
     return {
         "takes": name,
         "shift": logits and same(call(s + 3, t - 1), value),
@@ -111,7 +129,7 @@ def properties(cls):
         "none": has(cls, "reduction") and works(none),
         "labels": logits and not works(lambda: loss(s, t)),
         "teacher": works(lambda: loss(s, t, *target)) and not works(lambda: loss(s, None, *target)),
-        "kernel": has(cls, "backend") and works(lambda: made(cls, backend="cpp")(s, t, *target)),
+        "kernel": has(cls, "backend") and works(lambda: ready(made(cls, backend="cpp"), s, t)(s, t, *target)),
         "trains": sum(p.numel() for p in loss.parameters()) > 0,
     }
 
@@ -142,14 +160,21 @@ def sentences(text):
 
 
 def papers(text):
-    "arXiv number: who and when, of every paper in a docstring."
+    "arXiv number, DOI or number at OpenReview: who and when, of every paper in a docstring."
     found = {}
     name = r"[A-Z][\w'’-]+"
-    who = rf"({name}(?:(?:, {name})*,? (?:&|and) {name}|(?:, {name})+| et al\.)?,? \d{{4}})[ ,(]*(?:\w+, )?$"
-    for m in ARXIV.finditer(text):
+    who = rf"({name}(?:(?:, {name})*,? (?:&|and) {name}|(?:, {name})+| et al\.)?,? \d{{4}})[ ,(]*(?:[\w. ]+, )?$"
+    for m in SOURCE.finditer(text):
         before = re.search(who, text[:m.start()])
-        if before or m[1] not in found: found[m[1]] = before[1] if before else ""
+        n = m[1] or m[2] or m[3]
+        if before or n not in found: found[n] = before[1] if before else ""
     return found
+
+
+def link(n):
+    "A link to an arXiv number, a DOI or a number at OpenReview."
+    if not n[0].isdigit() or not {".", "/"} & set(n): return f"[openreview:{n}](https://openreview.net/forum?id={n})"
+    return f"[doi:{n}](https://doi.org/{n})" if n.startswith("10.") else f"[arXiv:{n}](https://arxiv.org/abs/{n})"
 
 
 def difference(text):
@@ -179,7 +204,7 @@ def text():
     index = []
     for c in found:
         doc = documents(c)
-        links = "; ".join(f"{who} [arXiv:{n}](https://arxiv.org/abs/{n})".strip() for n, who in papers(doc).items()) or "-"
+        links = "; ".join(f"{who} {link(n)}".strip() for n, who in papers(doc).items()) or "-"
         index.append([links, f"`{c.__name__}`", escape(equation(c)), escape(difference(doc)) or "-"])
     index.sort(key=lambda r: (r[0] == "-", re.sub(r"\W", "", r[0]).lower(), r[1]))
     broken = [c.__name__ for c, p in probed.items() if p and p["takes"] == "logits" and not p["permutation"]]

@@ -9,10 +9,11 @@ __all__ = []
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/api/00_kdlab.ipynb #2b3fd258
+# %% ../nbs/api/00_kdlab.ipynb #7cb2a11f
 try: __version__ = version("kdlab")
 except PackageNotFoundError: __version__ = "0+unknown"
 
+# %% ../nbs/api/00_kdlab.ipynb #e6dba37c
 # Where each public name lives.
 _HOMES = {
     "kdlab.losses": "Loss Objective Part CrossEntropy ForwardKL SoftKL ReverseKL JSD SkewKL SkewReverseKL TotalVariation "
@@ -24,26 +25,69 @@ _HOMES = {
                            "LinearSoftCrossEntropy LinearTotalVariation",
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
-    "kdlab.losses.relations": "CKA DIST PKT RKD RKDAngle RKDDistance Similarity",
+    "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
+    "kdlab.losses.trained": "CRD MGD ReviewKD SemCKD SimKD SRRL VID",
+    "kdlab.losses.tokens": "AttentionMap LSH TokenRelation",
+    "kdlab.losses.relations": "CKA CorrelationCongruence DIST PKT RKD RKDAngle RKDDistance Similarity "
+                              "SimilarityKL",
     "kdlab.functional.linear": "estimate_memory",
     "kdlab.ops": "empty_cache",
+}
+
+# %% ../nbs/api/00_kdlab.ipynb #2ab3650c
+_HOMES |= {
     "kdlab.distilling": "distill Run load predict",
+    "kdlab.logs": "tensorboard",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
-    "kdlab.adapters": "Projector build",
+    "kdlab.adapters": "Projector build reuse",
+    "kdlab.gaps": "Gap gap",
+    "kdlab.gap_reports": "report",
     "kdlab.checkup": "doctor",
     "kdlab.classroom": "check",
     "kdlab.widgets.picker": "show",
     "kdlab.widgets.temperature": "TemperatureLens",
     "kdlab.widgets.gap": "TeacherStudentGap",
+    "kdlab.widgets.board": "AlphaT",
+    "kdlab.widgets.cover": "CoveringOrSeeking",
+    "kdlab.widgets.dark": "DarkKnowledge",
+    "kdlab.widgets.simplex": "Simplex",
+    "kdlab.widgets.split": "DKDSplit",
     "kdlab.widgets.experiments": "Comparison",
+    "kdlab.widgets.balance": "TSquaredBalance",
+    "kdlab.widgets.placebo": "PlaceboTeacher",
+    "kdlab.widgets.capacity": "CapacityGap",
+    "kdlab.widgets.transfer": "TransferSet",
+    "kdlab.widgets.precision": "Precision",
+    "kdlab.widgets.kernels": "CompareKernels",
+    "kdlab.widgets.live": "LiveRun",
     "kdlab.widgets.reliability": "Reliability",
+    "kdlab.widgets.match": "LayerMatch",
+    "kdlab.widgets.clinic": "BugClinic",
+    "kdlab.widgets.distillery": "Distillery",
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #d3126c0c
-_MODULES = ("adapters calling distilling experiments functional losses nets ops placebos reference schedules "
-            "taps tasks").split()
+# %% ../nbs/api/00_kdlab.ipynb #69147edd
+_MODULES = """
+adapters
+cache
+calling
+distilling
+experiments
+functional
+losses
+measures
+nets
+ops
+placebos
+reference
+schedules
+schemes
+taps
+tasks
+timing
+""".split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]
 

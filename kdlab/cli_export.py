@@ -41,8 +41,8 @@ def describe(
             "parameters": [{"name": p.name, "type": p.annotation.__name__, "default": p.default,
                             "help": text[p.name].format(**names)} for p in parameters]}
 
-# %% ../nbs/api/15_cli_export.ipynb #ca314e38
-COMMANDS = ("lab", "distill", "doctor")
+# %% ../nbs/api/15_cli_export.ipynb #098bef2b
+COMMANDS = ("lab", "distill", "gallery", "doctor")
 
 
 def make_table()->dict:

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['pairs', 'similarity', 'stable_similarity', 'rkd_distance', 'squared_distances', 'stable_rkd_distance', 'rkd_angle',
-           'inverse_distances', 'triples', 'angle_sum', 'stable_rkd_angle', 'pkt', 'stable_pkt', 'cka', 'stable_cka',
-           'dist', 'stable_dist']
+           'inverse_distances', 'triples', 'angle_sum', 'stable_rkd_angle', 'pkt', 'stable_pkt',
+           'correlation_congruence', 'cosines', 'stable_correlation_congruence', 'similarity_kl',
+           'stable_similarity_kl', 'cka', 'stable_cka', 'dist', 'stable_dist']
 
-# %% ../nbs/api/03_relation_reference.ipynb #fcc16a40
+# %% ../nbs/api/03_relation_reference.ipynb #129ec37d
+import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ def stable_similarity(G:Tensor, H:Tensor, keep:Tensor|None=None)->Tensor:
     d = unit(G) - unit(H)
     return total((d * d).flatten()) / pairs(G, keep)
 
-# %% ../nbs/api/03_relation_reference.ipynb #fd619484
+# %% ../nbs/api/03_relation_reference.ipynb #f87597c2
 def rkd_distance(
     student:Tensor, # features, (B, n)
     teacher:Tensor, # features, (B, m)
@@ -47,11 +49,11 @@ def rkd_distance(
         return d / d[d > 0].mean()
     return F.smooth_l1_loss(distances(student), distances(teacher))
 
-def squared_distances(G:Tensor)->tuple[Tensor, Tensor]:
-    "|x_i - x_j|² from a Gram matrix, 1 where it is zero; and where that is."
+def squared_distances(G:Tensor, rows:slice=slice(None))->tuple[Tensor, Tensor]:
+    "|x_i - x_j|² from a Gram matrix, for the rows i asked for, 1 where it is zero; and where that is."
     own = G.diagonal()
-    size = own.unsqueeze(0) + own.unsqueeze(1)
-    square = size - 2 * G
+    size = own.unsqueeze(0) + own[rows].unsqueeze(1)
+    square = size - 2 * G[rows]
     same = square <= 64 * torch.finfo(G.dtype).eps * size
     return square.masked_fill(same, 1), same
 
@@ -128,6 +130,54 @@ def stable_pkt(G:Tensor, H:Tensor, keep:Tensor|None=None)->Tensor:
     none = p == 0
     terms = p * (p.masked_fill(none, 1).log() - q.masked_fill(none, 1).log())
     return terms.sum() / pairs(G, keep)
+
+# %% ../nbs/api/03_relation_reference.ipynb #e3375436
+def _taylor(cos:Tensor, gamma:float, order:int)->Tensor:
+    "The Gaussian kernel of vectors of length 1, to an order, from their cosines."
+    return math.exp(-2 * gamma) * sum((2 * gamma)**p / math.factorial(p) * cos**p for p in range(order + 1))
+
+def correlation_congruence(
+    student:Tensor, # features, (B, n)
+    teacher:Tensor, # features, (B, m)
+    gamma:float=0.4, # of the kernel, > 0
+    order:int=2, # of the series, >= 1
+)->Tensor:
+    "Mean square between kernel matrices (Peng et al. 2019, arXiv:1904.01802, the Taylor series of the Gaussian kernel)."
+    kernel = lambda x: _taylor(unit(x) @ unit(x).T, gamma, order)
+    return (kernel(student) - kernel(teacher)).square().mean()
+
+def cosines(G:Tensor)->Tensor:
+    "Cosines between samples from their Gram matrix; 0 for a sample of zeros."
+    own = G.diagonal()
+    n = own.masked_fill(own == 0, 1).rsqrt().masked_fill(own == 0, 0)
+    return G * n.unsqueeze(0) * n.unsqueeze(1)
+
+def stable_correlation_congruence(G:Tensor, H:Tensor, keep:Tensor|None=None, gamma:float=0.4, order:int=2)->Tensor:
+    "`correlation_congruence` from the Gram matrices of student and teacher."
+    K, M = (_taylor(cosines(x), gamma, order) for x in (G, H))
+    return _off(keep, (K - M).square()).sum() / pairs(G, keep)
+
+# %% ../nbs/api/03_relation_reference.ipynb #53e2c2cc
+def similarity_kl(
+    student:Tensor, # features, (B, n)
+    teacher:Tensor, # features, (B, m)
+    tau:float=0.04, # of the softmax, > 0: small looks at the nearest samples only
+)->Tensor:
+    "KL between the rows of similarities (after CompRess, Koohpayegani et al. 2020, arXiv:2010.14713)."
+    def log_chances(x):
+        own = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        return (unit(x) @ unit(x).T / tau).masked_fill(own, -torch.inf).log_softmax(1)
+    p, q = log_chances(teacher), log_chances(student)
+    return (p.exp() * (p - q).nan_to_num()).sum(1).mean()
+
+def stable_similarity_kl(G:Tensor, H:Tensor, keep:Tensor|None=None, tau:float=0.04)->Tensor:
+    "`similarity_kl` from Gram matrices; a sample without others adds 0."
+    off = torch.eye(len(G), dtype=torch.bool, device=G.device)
+    if keep is not None: off = off | ~(keep.unsqueeze(0) & keep.unsqueeze(1))
+    alone = off.all(1, keepdim=True)
+    p, q = ((cosines(x) / tau).masked_fill(off, -torch.inf).masked_fill(alone, 0).log_softmax(1) for x in (H, G))
+    rows = (p.exp() * (p.masked_fill(off, 0) - q.masked_fill(off, 0))).masked_fill(off, 0).sum(1)
+    return rows.sum() / (max(1, len(G)) if keep is None else keep.sum().clamp(min=1))
 
 # %% ../nbs/api/03_relation_reference.ipynb #598b4101
 def cka(

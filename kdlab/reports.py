@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'TEMPERATURES', 'mean_sd', 'scores', 'differences', 'verdict', 'table', 'seeds_figure', 'seeds_sentence',
-           'curves_figure', 'curves_sentence', 'block', 'lens_examples', 'equation', 'headline', 'reading',
+           'curves_figure', 'curves_sentence', 'block', 'lens_examples', 'equation', 'headline', 'reading', 'shell',
            'experiment_page']
 
 # %% ../nbs/api/11_reports.ipynb #ba006eb9
@@ -324,7 +324,7 @@ def _facts(rows:dict)->str:
     "Rows of a table with a name and its values each."
     return "\n".join(f'<tr><th scope="row">{escape(str(k))}</th>{_cells(v)}</tr>' for k, v in rows.items())
 
-# %% ../nbs/api/11_reports.ipynb #56737054
+# %% ../nbs/api/11_reports.ipynb #ccca3353
 _CSS = """
 :root { color-scheme: light dark; --kd-page-ink: #1b1b1b; --kd-page-paper: #ffffff; --soft: #5a5a5a; --rule: #d6d6d6;
   --panel: #f5f6f8; }
@@ -349,6 +349,7 @@ thead th { color: var(--soft); font-size: 15px; vertical-align: bottom; }
 tbody th { font-weight: 600; }
 .sum td { white-space: normal; }
 .sum th, .sum td, .sum td:last-child { font-weight: 600; text-align: left; color: inherit; background: var(--panel); }
+.measures th, .measures td { padding: 7px 8px; font-size: 15px; } .measures tbody th { white-space: normal; }
 .mark { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 10px; }
 caption { text-align: left; color: var(--soft); padding: 0 0 8px; }
 details { margin: 12px 0; } summary { cursor: pointer; padding: 4px 0; } details table { width: auto; }
@@ -386,19 +387,39 @@ function kdMount(figure) {
 document.querySelectorAll("figure").forEach(kdMount);
 """
 
-# %% ../nbs/api/11_reports.ipynb #ae3b0465
-_PAGE = """<!doctype html>
+# %% ../nbs/api/11_reports.ipynb #c9a0f8e3
+_SHELL = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{headline}: {task}</title>
+<title>{title}</title>
 <style>{css}</style>
 <script>{plotly}</script>
 </head>
 <body>
 <main>
-<header><p class="eyebrow">kdlab, task {task}</p><h1>{headline}</h1><p class="lede">{lede}</p></header>
-<section><h2>What the distilled student minimised</h2>
+<header><p class="eyebrow">{eyebrow}</p><h1>{headline}</h1><p class="lede">{lede}</p></header>
+{body}
+</main>
+<script>{js}</script>
+</body>
+</html>
+"""
+
+
+def shell(
+    headline:str, # the result in one line
+    lede:str, # one or two sentences below it
+    eyebrow:str, # a small line above: what this is about
+    body:str, # HTML: sections and blocks
+)->str:
+    "A page of one file: plotly, styles and scripts inside."
+    text = {k: escape(v) for k, v in dict(headline=headline, lede=lede, eyebrow=eyebrow, title=f"{headline}: {eyebrow}").items()}
+    return _SHELL.format(**text, body=body, plotly=get_plotlyjs(), css=_CSS + _TABLE_CSS + kit.CONTROL_CSS + kit.THEME_CSS,
+                         js=kit.CONTROL_JS + _JS)
+
+# %% ../nbs/api/11_reports.ipynb #fb905194
+_BODY = """<section><h2>What the distilled student minimised</h2>
 <div class="formula">{equation}</div>
 <p class="note">y: the labels; z<sub>s</sub>, z<sub>t</sub>: logits of student and teacher; σ: softmax;
 CE: cross-entropy. The teacher and the student alone minimised CE.</p></section>
@@ -413,21 +434,15 @@ CE: cross-entropy. The teacher and the student alone minimised CE.</p></section>
 <section><h2>Repeat it</h2>
 <pre><code>{command}</code></pre>
 <p>The trained nets are beside this page: <code>kd.load("seed-0/distilled").student</code>.</p>
-<details><summary>Versions and settings</summary><table class="facts"><tbody>{facts}</tbody></table></details></section>
-</main>
-<script>{js}</script>
-</body>
-</html>
-"""
+<details><summary>Versions and settings</summary><table class="facts"><tbody>{facts}</tbody></table></details></section>"""
 
-# %% ../nbs/api/11_reports.ipynb #02b6c3fe
+# %% ../nbs/api/11_reports.ipynb #bf147009
 def _texts(results:dict)->dict:
     "What stands in the page besides figures, by its place in the template."
     s, seeds = results["settings"], enumerate(results["seeds"])
     seconds = sum(seed[arm]["seconds"] for seed in results["seeds"] for arm in ARMS)
     facts = {**results["versions"], **s, "training": f"{seconds:.0f} seconds"}
-    words = {"headline": headline(results), "task": s["task"], "lede": _lede(results), "reading": reading(results),
-             "command": results["command"]}
+    words = {"reading": reading(results), "command": results["command"]}
     return {k: escape(v) for k, v in words.items()} | {
         "equation": equation(s["alpha"], s["T"], results["objective"]), "rows": _rows(results),
         "heads": "".join(f'<th scope="col">{name}</th>' for name in ARMS.values()),
@@ -445,5 +460,5 @@ def experiment_page(
               block("How they learned", curves_figure(results), curves_sentence(results),
                     "Lines: mean over the seeds. Bands: one standard deviation to either side."),
               _gap(arrays), _lens(arrays, results["settings"]["T"])]
-    return _PAGE.format(**_texts(results), blocks="\n".join(blocks), plotly=get_plotlyjs(),
-                        css=_CSS + _TABLE_CSS + kit.CONTROL_CSS + kit.THEME_CSS, js=kit.CONTROL_JS + _JS)
+    body = _BODY.format(**_texts(results), blocks="\n".join(blocks))
+    return shell(headline(results), _lede(results), f"kdlab, task {results['settings']['task']}", body)

@@ -181,13 +181,13 @@ def _plane(x: Tensor) -> np.ndarray:
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     return (u[:, :2] * s[:2]).numpy()
 
-# %% ../nbs/api/17_widget_data.ipynb #2d4fc562
+# %% ../nbs/api/17_widget_data.ipynb #d243f005
 @torch.no_grad()
 def _compare(teacher: nn.Module, student: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    "CKA of all pairs of layers, and the plane of the student's last hidden layer."
+    "CKA of all pairs of layers, and the planes of the student's layers."
     ft, fs = _features(teacher, x), _features(student, x)
     cka = [[1 - float(functional.cka(fs[b].flatten(1), ft[a].flatten(1))) for b in LAYERS] for a in LAYERS]
-    return np.array(cka), _plane(fs["relu"])
+    return np.array(cka), np.stack([_plane(fs[name]) for name in LAYERS])
 
 # %% ../nbs/api/17_widget_data.ipynb #a8f6f048
 @one_thread()
@@ -212,16 +212,17 @@ def _guided(seed: int, teacher: nn.Module, hint: float) -> tuple[np.ndarray, np.
     seen.append(_compare(teacher, student, x))
     return tuple(np.stack(part) for part in zip(*seen))
 
-# %% ../nbs/api/17_widget_data.ipynb #45fdbdaa
+# %% ../nbs/api/17_widget_data.ipynb #ed44dfde
 def layers(
     seed: int,
     teacher: nn.Module,
 ) -> dict[str, np.ndarray]:
-    "CKA (hint off/on, steps, teacher layers, student layers), and planes (hint off/on, steps, 200, 2)."
+    "CKA (hint off/on, steps, teacher layers, student layers), planes (.., layers, 200, 2) of both."
     runs = [_guided(seed, teacher, hint) for hint in (0., 1.)]
-    plane = _plane(_features(teacher, _shared().test.x[:200])["relu"].detach())
+    features = _features(teacher, _shared().test.x[:200])
+    planes = np.stack([_plane(features[name].detach()) for name in LAYERS])
     return dict(layer_cka=np.stack([cka for cka, _ in runs]), layer_student=np.stack([xy for _, xy in runs]),
-                layer_teacher=plane)
+                layer_teacher=planes)
 
 # %% ../nbs/api/17_widget_data.ipynb #670a01c9
 def _soft(bug: str, s: Tensor, t: Tensor, T: float) -> Tensor:
@@ -313,7 +314,7 @@ def make(
         out |= part(seed, teacher)
     return out
 
-# %% ../nbs/api/17_widget_data.ipynb #05b29391
+# %% ../nbs/api/17_widget_data.ipynb #a23ee5af
 def write(
     path: str | Path = stored.PATH,  # the file
     seeds: Sequence[int] = range(5),
@@ -325,7 +326,8 @@ def write(
         made.append(make(seed))
         say(f"seed {seed} done")
     arrays = {name: np.stack([one[name] for one in made]) for name in made[0]}
-    logits = {name: arrays[name].astype(np.float16) for name in ("teacher", "students")}
+    half = ("teacher", "students", "layer_teacher", "layer_student")
+    half = {name: arrays[name].astype(np.float16) for name in half}
     small = {name: value.astype(np.float32) for name, value in arrays.items()}
     images = (16 * test.x[:, 0]).round().numpy().astype(np.uint8)
-    return stored.write(path, small | logits | dict(images=images, labels=test.y.numpy().astype(np.uint8)))
+    return stored.write(path, small | half | dict(images=images, labels=test.y.numpy().astype(np.uint8)))

@@ -93,6 +93,7 @@ def test_python_m_kdlab():
     ("distill --student studnt_mlp", "did you mean 'student_mlp'?"),
     ("distill --task moons --teacher teacher_cnn", "use mlp"),
     ("distill -T 0", "T must be > 0, got 0.0"), ("distill -T nan", "T must be > 0, got nan"),
+    ("distill --device abacus", "device abacus cannot be used: "),
     ("distill --alpha 1.5", "alpha must be between 0 and 1, got 1.5"),
     ("distill --epochs 0", "epochs must be >= 1, got 0"), ("distill --seeds 0", "seeds must be >= 1, got 0")])
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, line, says):
@@ -240,12 +241,14 @@ def test_stopped_and_continued(tmp_path, how, status):
     out, words = tmp_path / "runs", ["distill", "--task", "moons", "--seeds", "1", "--epochs", "60"]
     stopped = begin("-m", "kdlab", *words, "--out", str(out), env=ENV)
     until = time.monotonic() + 120
-    while not (out / "seed-0/alone/run.json").exists() and time.monotonic() < until: time.sleep(0.01)
+    saved = out / "seed-0/alone/run.json"
+    epochs = lambda: len(json.loads(saved.read_text())["history"]) if saved.exists() else 0
+    while not epochs() and time.monotonic() < until: time.sleep(0.01)
     stopped.send_signal(how)
     said = stopped.communicate(timeout=60)[1]
     assert stopped.returncode == status and "Traceback" not in said and not (out / "results.json").exists()
     if how == signal.SIGINT: assert f"The same command goes on from what is in {out}" in said
-    begun = len(json.loads((out / "seed-0/alone/run.json").read_text())["history"])
+    begun = epochs()
     assert 0 < begun < 60
     teacher = (out / "seed-0/teacher/run.pt").stat().st_mtime_ns
     assert main([*words, "--out", str(out)]) == 0

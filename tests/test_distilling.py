@@ -1,12 +1,15 @@
 """kd.distill: the teacher stays, the run repeats, and nothing that was finished is lost, whatever stops it."""
 import copy
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,6 +150,13 @@ def test_ctrl_c_leaves_a_usable_run(teacher, tmp_path):
     with pytest.raises(ValueError, match="unfinished.*2 of 5.*resume=True"): kd.load(tmp_path / "copy", net())
 
 
+def test_stop_is_asked_before_every_step(teacher):
+    asked = []
+    run = distill(net(), teacher, epochs=5, stop=lambda: asked.append(1) or len(asked) == 7)
+    assert run.status == "interrupted" and run.epoch == 1 and len(asked) == 7 # four steps an epoch: the third of epoch 2
+    assert distill(net(), teacher, stop=lambda: False).finished
+
+
 @pytest.mark.parametrize("where", ["callback", "step"])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(teacher, tmp_path, where):
     whole = distill(net(), teacher, epochs=4, valid=loader(seed=2))
@@ -235,7 +245,7 @@ CHILD = textwrap.dedent("""
 
     def slow_save(state, file): # writes a third, then waits to be killed
         global writes
-        writes += 1
+        writes += "history" in state # of run.pt: at the start, and after each epoch
         if writes < {slow_from}: return real(state, file)
         file.write(open({out!r} + "/run.pt", "rb").read()[:1000])
         file.flush()
@@ -255,13 +265,145 @@ def child(out, slow_from):
 
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path):
     whole = distill(net(), net(9, 32), epochs=4)
-    killed = child(tmp_path, slow_from=3)
+    killed = child(tmp_path, slow_from=4)
     assert killed.stdout.readline() == "half written\n" # two epochs are on disk, the third is half written
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     with pytest.raises(ValueError, match="unfinished.*2 of 4"): kd.load(tmp_path, net())
     out, _ = child(tmp_path, slow_from=0).communicate(timeout=60)
     assert out == f"finished {fingerprint(whole.student)}\n"
+
+
+class Chancy(torch.utils.data.Dataset):
+    "Draws from numpy, torch, Python and a generator of its own."
+    def __init__(self): self.data, self.rng = data(), np.random.default_rng()
+    def __len__(self): return len(self.data)
+    def __getitem__(self, i):
+        x, y = self.data[i]
+        return x + .1 * torch.randn(()) + .1 * np.random.randn() + .1 * random.random() + .1 * self.rng.standard_normal(), y
+
+
+def rich_run(**kwargs):
+    "A run with all that a checkpoint must hold: dropout, batch norm, momentum, a schedule, a projector, moving numbers."
+    losses = [(lambda t: 1 - t) * kd.CrossEntropy(), kd.SoftKL(T=lambda t: 4 - t), kd.Hint(project="auto").on("3")]
+    train = DataLoader(Chancy(), 16, shuffle=True, generator=torch.Generator())
+    return distill(net(), net(9, 32), epochs=4, losses=losses, train=train, patience=3, **kwargs,
+                   optimizer=lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+                   scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=16))
+
+
+def killed_at(out, step):
+    "The run in a process of its own, which kills itself before that step; its exit code."
+    asked = iter(range(1000))
+    stop = lambda: next(asked) == step and os.kill(os.getpid(), signal.SIGKILL)
+    child = multiprocessing.get_context("fork").Process(target=lambda: rich_run(out=out, resume=True, stop=stop))
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_any_step_and_resumed_is_the_run_never_killed(tmp_path, seed):
+    whole, chance, kills = rich_run(out=tmp_path / "whole"), random.Random(seed), []
+    while (code := killed_at(tmp_path / "cut", step := chance.randrange(9))) == -signal.SIGKILL: kills.append(step)
+    assert code == 0 and kills, "the last child came to the end"
+    cut = rich_run(out=tmp_path / "cut", resume=True)
+    assert cut.finished and fingerprint(cut.student) == fingerprint(whole.student) and fingerprint(cut.objective) == fingerprint(whole.objective)
+    plain = lambda run: [{k: v for k, v in h.items() if k != "seconds"} for h in run.history]
+    assert plain(cut) == plain(whole) and cut.best == whole.best and cut.notes == whole.notes
+    best = [kd.load(tmp_path / name, net(5), best=True).student for name in ("cut", "whole")]
+    assert fingerprint(best[0]) == fingerprint(best[1])
+
+
+def test_a_killed_process_leaves_no_half_files_behind(tmp_path):
+    for name in ("run.pt.123.tmp", "best.pt.123.tmp"): (tmp_path / name).write_bytes(b"half")
+    assert distill(net(), net(9, 32), epochs=1, out=tmp_path).finished
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "run.json", "run.pt"]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(teacher, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\) and no run"): distill(net(), teacher, out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="is a file: out= takes a folder"): distill(net(), teacher, out=tmp_path / "thesis.tex")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_folder_is_a_run_before_the_first_step(teacher, tmp_path):
+    class Stop(Exception): pass
+
+    def stop(): raise Stop
+
+    with pytest.raises(Stop): distill(net(), teacher, out=tmp_path, stop=stop)
+    with pytest.raises(ValueError, match="unfinished .running, 0 of 3"): kd.load(tmp_path, net())
+    assert fingerprint(distill(net(), teacher, out=tmp_path, resume=True).student) == fingerprint(distill(net(), teacher).student)
+
+
+def test_what_was_saved_in_the_middle_of_an_epoch_is_not_continued(teacher, tmp_path):
+    asked = []
+    cut = distill(net(), teacher, stop=lambda: asked.append(1) or len(asked) == 7)
+    cut.save(tmp_path)
+    with pytest.raises(ValueError, match="saved in the middle of an epoch and cannot be continued exactly"): distill(net(), teacher, out=tmp_path, resume=True)
+    assert fingerprint(kd.load(tmp_path, net(5), unfinished=True).student) == fingerprint(cut.student)
+
+
+SECRET = np.random.default_rng()
+
+
+class Secretive(Chancy):
+    "Draws from a generator that nobody can find."
+    def __getitem__(self, i): return self.data[i][0] + SECRET.standard_normal(), self.data[i][1]
+
+
+def test_a_loader_that_cannot_be_replayed_is_refused_with_the_way_out(teacher, tmp_path):
+    with pytest.raises(ValueError, match="begins with two different batches.*generator as an attribute.*set_epoch.*leave out= away"):
+        distill(net(), teacher, train=DataLoader(Secretive(), 16), out=tmp_path)
+    assert not any(tmp_path.iterdir())
+    stream = lambda: iter(list(loader()))
+    with pytest.raises(ValueError, match=r"read only once, and there are 2 epochs.*list\(train\)"): distill(net(), teacher, train=stream(), epochs=2)
+    with pytest.raises(ValueError, match="read only once, and a run that is to be continued"): distill(net(), teacher, train=stream(), epochs=1, out=tmp_path)
+    assert distill(net(), teacher, train=DataLoader(Secretive(), 16), epochs=1).finished
+
+
+def test_other_data_are_not_taken_for_the_same_run(teacher, tmp_path):
+    stop = lambda run: (_ for _ in ()).throw(KeyboardInterrupt) if run.epoch == 1 else None
+    distill(net(), teacher, out=tmp_path, callbacks=[stop])
+    for other in (loader(seed=3), DataLoader(data(), 8, shuffle=True)):
+        with pytest.raises(ValueError, match="train does not begin as it did"): distill(net(), teacher, out=tmp_path, resume=True, train=other)
+    for kwargs, words in ((dict(lr=1.), "optimizer: Adam.*lr=0.003.*saved, Adam.*lr=1.0"), (dict(scheduler=None), "scheduler: CosineAnnealingLR saved, None now")):
+        with pytest.raises(ValueError, match=words): distill(net(), teacher, out=tmp_path, resume=True, **kwargs)
+    assert distill(net(), teacher, out=tmp_path, resume=True).finished
+
+
+def test_a_state_that_cannot_be_stored_is_refused_before_the_first_step(teacher, tmp_path):
+    class Odd(torch.optim.lr_scheduler.ConstantLR):
+        def state_dict(self): return super().state_dict() | {"odd": net()}
+
+    with pytest.raises(ValueError, match="state of the optimizer or the scheduler cannot be stored"):
+        distill(net(), teacher, out=tmp_path, scheduler=Odd)
+    assert not any(tmp_path.iterdir())
+
+
+def test_set_epoch_is_told_the_epoch(teacher):
+    class Sampler(torch.utils.data.RandomSampler):
+        told = []
+        def set_epoch(self, epoch): self.told.append(epoch)
+
+    distill(net(), teacher, train=DataLoader(data(), 16, sampler=Sampler(data())), epochs=3)
+    assert Sampler.told == [0, 1, 2]
+
+
+def test_the_best_and_the_last_epoch_can_both_be_had(teacher, tmp_path):
+    def spoil(run):
+        if run.epoch >= 2 and not run.finished: nn.init.zeros_(run.student[-1].weight)
+
+    run = distill(net(), teacher, epochs=6, lr=0.05, callbacks=[spoil], out=tmp_path / "run")
+    accuracy = lambda run: (kd.predict(run.student, DataLoader(data(seed=2), 64))[0].argmax(-1) == data(seed=2).tensors[1]).float().mean().item()
+    assert run.best["epoch"] < 6 and accuracy(kd.load(tmp_path / "run", net())) == pytest.approx(run.history[-1]["valid_accuracy"])
+    kd.load(tmp_path / "run", net()).save(tmp_path / "copy")
+    for folder in ("run", "copy"): assert accuracy(kd.load(tmp_path / folder, net(), best=True)) == pytest.approx(run.best["value"])
+    last = fingerprint(run.student)
+    assert accuracy(run.take_best()) == pytest.approx(run.best["value"]) and fingerprint(run.student) != last
+    with pytest.raises(ValueError, match="no epoch is the best"): distill(net(), teacher, valid=None, epochs=1).take_best()
 
 
 # losses on layers

@@ -3,6 +3,8 @@ import copy
 import inspect
 import math
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 import kdlab as kd
 from kdlab import ops, relation_ops
 from kdlab import relation_reference as reference
-from kdlab.functional import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
+from kdlab.functional import (
+    cka, correlation_congruence, dist, pkt, rkd, rkd_angle, rkd_distance, similarity, similarity_kl)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-10, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -25,6 +28,8 @@ CASES = {
     "rkd_angle": (rkd_angle, reference.rkd_angle, "torch cpp"),
     "rkd": (rkd, definition_rkd, "torch cpp"),
     "pkt": (pkt, reference.pkt, "torch"),
+    "correlation_congruence": (correlation_congruence, reference.correlation_congruence, "torch"),
+    "similarity_kl": (similarity_kl, reference.similarity_kl, "torch"),
     "cka": (cka, reference.cka, "torch"),
     "dist": (dist, reference.dist, "torch cpp"),
 }
@@ -127,10 +132,45 @@ def test_accurate_where_the_student_has_nearly_converged(case, backend):
     s = t + 1e-3 * features(9, 12, seed=1)
     want, grad = value_and_grad(lambda x: definition(x, t.double()), s.double())
     got, got_grad = value_and_grad(lambda x: f(x, t, backend=backend), s)
-    # the Gram matrix of similarity and the exponentials in the kernel of DIST are made in float32
-    loose = 1e-3 if case == "similarity" or (case, backend) == ("dist", "cpp") else 2e-6
-    torch.testing.assert_close(got.double(), want, rtol=loose, atol=0)
-    assert grad_error(got_grad, grad) <= loose
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+    assert grad_error(got_grad, grad) <= 2e-6
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_similarity_of_long_features_near_convergence(gap, dtype):
+    t = features(16, 5000, seed=2, dtype=dtype)
+    s = (t.float() + gap * features(16, 5000, seed=1)).to(dtype)
+    want, grad = value_and_grad(lambda x: reference.similarity(x, t.double()), s.double())
+    mask = torch.ones(16, dtype=torch.bool)
+    for options in ({}, {"mask": mask}):
+        got, got_grad = value_and_grad(lambda x: similarity(x, t, **options), s)
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+        assert grad_error(got_grad, grad) <= max(2e-6, ROUNDING[dtype])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("loss, shape, most", [
+    ("rkd_angle", (256, 512), 6), ("similarity", (32, 400_000), 4), ("rkd_distance", (32, 400_000), 5), ("pkt", (32, 400_000), 5),
+    ("cka", (32, 400_000), 5)])
+def test_memory_beside_the_gradient(loss, shape, most):
+    "Megabytes: pieces and matrices of pairs; nothing of the features' size."
+    code = f"""
+import ctypes, torch, kdlab as kd
+torch.set_num_threads(1)
+f = kd.functional.{loss}
+s, t = torch.randn{shape}.requires_grad_(), torch.randn{shape}
+def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+for _ in range(2): torch.autograd.grad(f(s, t), s)
+kd.empty_cache()
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+torch.autograd.grad(f(s, t), s)
+print(peak() - before - s.nbytes / 2**20)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= most
 
 
 def test_they_are_not_the_usual_mistakes():
@@ -302,6 +342,39 @@ def test_kernel_of_dist(isa, B, C):
 
 
 @needs_core
+@pytest.mark.parametrize("isa", ops._C.info()["isas"] if ops._C is not None else [])
+@pytest.mark.parametrize("T", [1.0, 4.0])
+@pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-4])
+def test_dist_of_students_that_have_nearly_converged(isa, T, gap):
+    before = ops._C.info()["isa"]
+    ops._C.set_isa(isa)
+    try:
+        t = 3 * features(60, 37, seed=2)
+        s = t + gap * features(60, 37, seed=1)
+        s[::7] = t[::7] + features(9, 37, seed=3) # some rows are still apart
+        want, grad = value_and_grad(lambda x: dist(x, t.double(), T=T, backend="torch"), s.double())
+        got, got_grad = value_and_grad(lambda x: dist(x, t, T=T, backend="cpp"), s)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        assert grad_error(got_grad, grad) <= 1e-6
+        s = t + gap * features(60, 37, seed=1)
+        want, grad = value_and_grad(lambda x: dist(x, t.double(), T=T, backend="torch"), s.double())
+        got, got_grad = value_and_grad(lambda x: dist(x, t, T=T, backend="cpp"), s)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        assert grad_error(got_grad, grad) <= 2e-6
+    finally: ops._C.set_isa(before)
+
+
+@needs_core
+@pytest.mark.parametrize("rows", [2, 3])
+def test_two_points_lie_on_a_line(rows):
+    s, t = logits(rows, 50)
+    want, grad = value_and_grad(lambda x: dist(x, t.double(), backend="torch"), s.double())
+    got, got_grad = value_and_grad(lambda x: dist(x, t, backend="cpp"), s)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    assert grad_error(got_grad, grad) <= 3e-6
+
+
+@needs_core
 def test_dist_threads_layouts_and_operators():
     s, t = logits(501, 300)
     results = []
@@ -327,6 +400,7 @@ def test_dist_threads_layouts_and_operators():
 
 
 MODULES = {kd.Similarity: similarity, kd.RKD: rkd, kd.RKDDistance: rkd_distance, kd.RKDAngle: rkd_angle, kd.PKT: pkt,
+           kd.CorrelationCongruence: correlation_congruence, kd.SimilarityKL: similarity_kl,
            kd.CKA: cka, kd.DIST: dist}
 
 
@@ -361,6 +435,12 @@ def test_modules_are_weighted_and_added():
     (lambda s, t: cka(s[0], t[0]), ValueError, r"features \(B, ...\)"),
     (lambda s, t: pkt(s, [t]), TypeError, "teacher must be a tensor of features, got list"),
     (lambda s, t: pkt(s.long(), t), TypeError, "floating-point"),
+    (lambda s, t: similarity_kl(s, t, tau=0), ValueError, "tau must be > 0"),
+    (lambda s, t: kd.SimilarityKL(tau=-1), ValueError, "tau must be > 0"),
+    (lambda s, t: correlation_congruence(s, t, order=0), ValueError, "order must be a whole number"),
+    (lambda s, t: kd.CorrelationCongruence(gamma=0), ValueError, "gamma must be > 0"),
+    (lambda s, t: similarity_kl(s, t, backend="cpp"), ValueError, "similarity_kl has no kernel"),
+    (lambda s, t: kd.SimilarityKL(reduction="none"), ValueError, "reduction of similarity_kl"),
     (lambda s, t: pkt(s, t, backend="cpp"), ValueError, "pkt has no kernel yet.*'auto' or 'torch'"),
     (lambda s, t: dist(s, s, T=torch.tensor(2., requires_grad=True), backend="cpp"), ValueError, "temperature is learnable"),
     (lambda s, t: dist(s, t), ValueError, "same shape"),

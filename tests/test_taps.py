@@ -479,6 +479,11 @@ def test_vectors_only():
     assert pairs.student[-1] == "relu1" and pairs.teacher[-1] in ("relu1", "relu2") and "widths differ: project" in pairs[-1].why
 
 
+def test_a_student_of_one_block_is_paired_by_its_block():
+    pairs = kd.pair(Transformer(1, 8), Transformer(6, 8), torch.randn(2, 5, 4))
+    assert [p.student for p in pairs if len(p.student_shape) == 2] == ["blocks.0"]
+
+
 def test_pairs_feed_a_loss():
     student, teacher = cnn(4, 8), cnn(8, 16)
     pairs = kd.pair(student, teacher, torch.randn(2, 3, 16, 16))[:2]

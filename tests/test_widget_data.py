@@ -43,6 +43,8 @@ def test_every_axis_has_its_names():
     assert arrays["capacity"].shape == (5, len(stored.WIDTHS), 3)
     assert arrays["transfer"].shape == (5, len(stored.SIZES), len(stored.SOURCES), 2)
     assert arrays["layer_cka"].shape == (5, 2, len(stored.LAYER_STEPS), len(stored.LAYERS), len(stored.LAYERS))
+    assert arrays["layer_student"].shape == (5, 2, len(stored.LAYER_STEPS), len(stored.LAYERS), 200, 2)
+    assert arrays["layer_teacher"].shape == (5, len(stored.LAYERS), 200, 2)
     assert arrays["clinic"].shape == (5, len(stored.BUGS), len(stored.CLINIC_STEPS), len(stored.SYMPTOMS))
 
 

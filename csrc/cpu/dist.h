@@ -1,11 +1,10 @@
 // DIST: 1 - Pearson correlation of probabilities, over rows and over columns. Included once per instruction set.
 //
-// With the moments of p (student) and q (teacher) in double, a = p - mean, b = q - mean:
+// Everything is made from the teacher's q and from d = p - q, which keeps its digits where student and teacher nearly
+// agree: there d = q (e^v - 1) with v = log(p / q) from the logits themselves (see softened.h).
 //
-//     rho = sum a b / (|a| |b|),   d (1 - rho) / d a = rho a / |a|^2 - b / (|a| |b|)
-//
-// A first sweep makes the moments of each row and, block of rows by block, those of the columns. The second one makes the
-// probabilities anew and writes d / d s = p (g - sum g p) / T.
+// A first sweep goes along a few rows, makes q and d and the moments of each row, and then goes down these rows for the
+// moments of the columns. The second one makes q and d anew and writes d / d s = p (g - sum g p) / T.
 namespace KDLAB_ISA {
 
 // Calls body(offset, x, y) with the lanes of x and y in double.
@@ -18,29 +17,50 @@ inline void in_double(F32 x, F32 y, Body body) {
     if (half < lanes<F32>) body(half, high_half(x), high_half(y));
 }
 
+// Sums of one or of each lane's column
+struct Moments {
+    F64 q = {}, d = {}, qq = {}, qd = {}, dd = {};
+    void add(F64 x, F64 y) {
+        q = q + x;
+        d = d + y;
+        qq = fma(x, x, qq);
+        qd = fma(x, y, qd);
+        dd = fma(y, y, dd);
+    }
+    void add_to(double* column, int64_t room) const {
+        const F64 sums[] = {q, d, qq, qd, dd};
+        for (int k = 0; k < 5; ++k) store(column + k * room, load(column + k * room) + sums[k]);
+    }
+};
+
 template <class E>
 class DistRows {
     typedef VecOf<E> V;
     typedef Real<V> R;
     const DistJob& job;
-    const int64_t cols;
+    const int64_t cols, room;
     const Temperature<V> temperature;
-    R *ep, *eq;
-    double* slope;
+    R* memory;
+    const V zero = {}, low = all<V>(-INFINITY);
 
     const E* student(int64_t r) const { return static_cast<const E*>(job.student) + r * job.student_stride; }
     const E* teacher(int64_t r) const { return static_cast<const E*>(job.teacher) + r * job.teacher_stride; }
 
-    // exp((x - max) / T) into e, whole vectors with zeros behind the end; one over their sum
-    double exponentials(const E* x, R* e) const {
-        const V low = all<V>(-INFINITY);
+    const R* column(int k) const { return static_cast<const R*>(job.columns) + k * room; }
+
+    double largest(const E* x) const {
         V top = low;
         along_row<V>(cols, [&](int64_t i) { top = max(top, load(x + i)); },
                      [&](int64_t i, int n) { top = max(top, load_part(x + i, n, low)); }, [] {});
-        const R most = max_of(top);
+        return max_of(top);
+    }
+
+    // exp((x - top) / T) into e, whole vectors with zeros behind the end; one over their sum
+    double exponentials(const E* x, double top, R* e) const {
         RowSum<V> sum;
+        const V from = all<V>(R(top));
         auto one = [&](int64_t i, V v) {
-            V y = softened_exp(v - most, temperature);
+            V y = quick_exp(v - from, temperature);
             store(e + i, y);
             sum.add(y);
         };
@@ -49,75 +69,153 @@ class DistRows {
         return 1 / sum.total();
     }
 
-    // Calls body(i, p, q) for the row's probabilities in double.
-    template <class Body>
-    void probabilities(double over_p, double over_q, Body body) const {
-        const F64 by_p = all<F64>(over_p), by_q = all<F64>(over_q);
-        for (int64_t i = 0; i < cols; i += lanes<V>)
-            in_double(load(ep + i), load(eq + i), [&](int at, F64 x, F64 y) { body(i + at, x * by_p, y * by_q); });
+    // q and d from p and q, where the row is not close
+    Sums5 plain_row(const DistRow& row, const E* next_s, const E* next_t, R* es, R* et) const {
+        const V over_s = all<V>(R(row.over_s)), over_t = all<V>(R(row.over_t));
+        Moments m;
+        for (int64_t i = 0; i < cols; i += lanes<V>) {
+            V q = load(et + i) * over_t, d = fma(load(es + i), over_s, -q);
+            store(et + i, q);
+            store(es + i, d);
+            fetch(next_s + i);                              // spread over the work, or memory would make it wait
+            fetch(next_t + i);
+            in_double(q, d, [&](int, F64 x, F64 y) { m.add(x, y); });
+        }
+        return {sum_of(m.q), sum_of(m.d), sum_of(m.qq), sum_of(m.qd), sum_of(m.dd)};
+    }
+
+    // d = q (e^v - 1), v = log(p / q) but for the rounding of both sums. What that leaves of the sum of d is taken out.
+    struct CloseRow {
+        Close<V> k;
+        V inverse, share;
+        V d(V s, V t, V p, V q) const {
+            V v = k.w(s, t);
+            return abs(v) < series_range<V> ? q * (v + psi(v)) : p - q;
+        }
+        V exact(V d, V q) const { return fma(d, inverse, -(q * share)); }
+    };
+
+    CloseRow close_row(const DistRow& row) const {
+        CloseRow x = {};
+        x.k.c = all<V>(R(row.c));
+        x.k.c_error = all<V>(R(row.c - double(R(row.c))));
+        x.k.inverse_T = all<V>(R(1 / job.T));
+        x.inverse = all<V>(R(1 / (1 + row.mass)));
+        x.share = all<V>(R(row.mass / (1 + row.mass)));
+        return x;
+    }
+
+    Sums5 moments_of_close(DistRow& row, const E* s, const E* t, R* d, R* q) const {
+        row.c = row.top_s - row.top_t + job.T * std::log(row.over_t / row.over_s);
+        CloseRow x = close_row(row);
+        RowSum<V> mass;
+        auto one = [&](int64_t i, V s, V t) {
+            V y = x.d(s, t, load(q + i) + load(d + i), load(q + i));
+            store(d + i, y);
+            mass.add(y);
+        };
+        along_row<V>(cols, [&](int64_t i) { one(i, load(s + i), load(t + i)); },
+                     [&](int64_t i, int n) { one(i, load_part(s + i, n, low), load_part(t + i, n, low)); },
+                     [&] { mass.carry(); });
+        row.mass = mass.total();
+        x = close_row(row);
+        Moments m;
+        for (int64_t i = 0; i < cols; i += lanes<V>) {
+            V y = x.exact(load(d + i), load(q + i));
+            store(d + i, y);
+            in_double(load(q + i), y, [&](int, F64 a, F64 b) { m.add(a, b); });
+        }
+        return {sum_of(m.q), sum_of(m.d), sum_of(m.qq), sum_of(m.qd), sum_of(m.dd)};
+    }
+
+    void row_moments(int64_t r, R* d, R* q) const {
+        const double near = sizeof(R) == 4 ? 0.01 : 1e-6;       // below this, p - q has lost too many digits
+        DistRow& row = job.row_parts[r];
+        row.top_s = largest(student(r));
+        row.top_t = largest(teacher(r));
+        row.over_s = exponentials(student(r), row.top_s, d);
+        row.over_t = exponentials(teacher(r), row.top_t, q);
+        Sums5 x = plain_row(row, student(r + 1), teacher(r + 1), d, q);
+        row.close = x.dd < near * x.qq;
+        if (row.close) x = moments_of_close(row, student(r), teacher(r), d, q);
+        row.pearson = Pearson(x, double(cols));
     }
 
 public:
-    DistRows(const DistJob& j, void* memory) : job(j), cols(j.cols), temperature(j.T) {
-        ep = static_cast<R*>(memory);
-        eq = ep + job.room();
-        slope = reinterpret_cast<double*>(eq + job.room());
-    }
+    DistRows(const DistJob& j, void* m) : job(j), cols(j.cols), room(j.room()), temperature(j.T), memory(static_cast<R*>(m)) {}
 
     void moments(int64_t begin, int64_t end, double* column) const {
-        const int64_t room = job.room();
-        for (int64_t r = begin; r < end; ++r) {
-            if (!job.counts(r)) continue;
-            const double over_p = exponentials(student(r), ep), over_q = exponentials(teacher(r), eq);
-            F64 sp = {}, sq = {}, pp = {}, qq = {}, pq = {};
-            probabilities(over_p, over_q, [&](int64_t i, F64 p, F64 q) {
-                const F64 terms[] = {p, q, p * p, q * q, p * q};
-                sp = sp + p;
-                sq = sq + q;
-                pp = pp + terms[2];
-                qq = qq + terms[3];
-                pq = pq + terms[4];
-                for (int k = 0; k < 5; ++k) store(column + k * room + i, load(column + k * room + i) + terms[k]);
-            });
-            job.row_parts[r] = Pearson(sum_of(sp), sum_of(sq), sum_of(pp), sum_of(qq), sum_of(pq), double(cols));
+        const int64_t together = job.together();
+        for (int64_t r = begin; r < end;) {
+            int64_t n = 0;
+            for (; r < end && n < together; ++r) {
+                if (!job.counts(r)) continue;
+                row_moments(r, memory + 2 * n * room, memory + (2 * n + 1) * room);
+                ++n;
+            }
+            for (int64_t i = 0; i < cols; i += lanes<V>) {
+                Moments m[2];
+                for (int64_t k = 0; k < n; ++k)
+                    in_double(load(memory + (2 * k + 1) * room + i), load(memory + 2 * k * room + i),
+                              [&](int at, F64 q, F64 d) { m[at != 0].add(q, d); });
+                m[0].add_to(column + i, room);
+                if (lanes<F64> < lanes<V>) m[1].add_to(column + i + lanes<F64>, room);
+            }
         }
     }
 
+    // With h = g p for the slope g of the loss at p: d / d s = (h - p sum h) / T
+    template <bool kClose>
+    double slopes(const DistRow& row, const E* s, const E* t, const E* grad, R* h, R* p) const {
+        const R *mean_q = column(0), *mean_d = column(1), *own = column(2), *other = column(3), *rest = column(4),
+                *over = column(5);
+        const V row_own = all<V>(R(row.pearson.own * job.row_scale)), row_other = all<V>(R(row.pearson.other * job.row_scale));
+        const V top_s = all<V>(R(row.top_s)), top_t = all<V>(R(row.top_t));
+        const V over_s = all<V>(R(row.over_s)), over_t = all<V>(R(row.over_t));
+        const CloseRow close = close_row(row);
+        RowSum<V> sum;
+        auto one = [&](int64_t i, V s, V t) {
+            V q = quick_exp(t - top_t, temperature) * over_t, d = fma(quick_exp(s - top_s, temperature), over_s, -q);
+            V ps = q + d;
+            if (kClose) d = close.exact(close.d(s, t, ps, q), q);
+            V by_row = fma(d, row_own, q * row_other);
+            V by_column = fma(d - load(mean_d + i), load(own + i), fma(q - load(mean_q + i), load(other + i), load(rest + i)));
+            V x = ps * fma(by_column, load(over + i), by_row);
+            store(p + i, ps);
+            store(h + i, x);
+            sum.add(x);
+        };
+        along_row<V>(cols, [&](int64_t i) {
+            one(i, load(s + i), load(t + i));
+            fetch(s + job.student_stride + i);
+            fetch(t + job.teacher_stride + i);
+        }, [&](int64_t i, int n) { one(i, load_part(s + i, n, low), load_part(t + i, n, low)); }, [&] { sum.carry(); });
+        return sum.total();
+    }
+
     void gradient(int64_t begin, int64_t end) const {
+        R *h = memory, *p = memory + room;
         for (int64_t r = begin; r < end; ++r) {
             E* grad = static_cast<E*>(job.grad) + r * cols;
             if (!job.counts(r)) {
                 std::memset(grad, 0, cols * sizeof(E));
                 continue;
             }
-            const double over_p = exponentials(student(r), ep), over_q = exponentials(teacher(r), eq);
-            const Pearson& x = job.row_parts[r];
-            const F64 own = all<F64>(x.own * job.row_scale), other = all<F64>(x.other * job.row_scale);
-            const F64 mean = all<F64>(1.0 / double(cols));
-            F64 along = {};
-            probabilities(over_p, over_q, [&](int64_t i, F64 p, F64 q) {
-                const F64 a = p - load(job.mean_p + i), b = q - load(job.mean_q + i);
-                const F64 g = own * (p - mean) + other * (q - mean) + load(job.own + i) * a + load(job.other + i) * b;
-                along = along + g * p;
-                store(slope + i, g);
-            });
-            const F64 shift = all<F64>(sum_of(along)), factor = all<F64>(over_p * job.scale / job.T);
-            for (int64_t i = 0; i < cols; i += lanes<V>) {
-                in_double(load(ep + i), load(ep + i), [&](int at, F64 e, F64) {
-                    store(slope + i + at, (load(slope + i + at) - shift) * e * factor);
-                });
-                write(grad + i, slope + i, static_cast<int>(std::min<int64_t>(lanes<V>, cols - i)));
+            const DistRow& row = job.row_parts[r];
+            const double along = row.close ? slopes<true>(row, student(r), teacher(r), grad, h, p)
+                                           : slopes<false>(row, student(r), teacher(r), grad, h, p);
+            const V shift = all<V>(R(-along)), factor = all<V>(R(job.scale / job.T));
+            auto at = [&](int64_t i) { return fma(load(p + i), shift, load(h + i)) * factor; };
+            int64_t i = 0;
+            if (job.stream) {                               // past the cache, for which the address must be round
+                const int64_t bytes = sizeof(E) * lanes<V>, head = (bytes - reinterpret_cast<uintptr_t>(grad) % bytes) % bytes / sizeof(E);
+                i = std::min(head, cols);
+                if (i) store_part(grad, static_cast<int>(i), at(0));
+                for (; i + lanes<V> <= cols; i += lanes<V>) stream(grad + i, at(i));
             }
+            for (; i + lanes<V> <= cols; i += lanes<V>) store(grad + i, at(i));
+            if (i < cols) store_part(grad + i, static_cast<int>(cols - i), at(i));
         }
-    }
-
-    static void write(double* out, const double* x, int n) { std::memcpy(out, x, n * sizeof(double)); }
-    template <class Out>
-    static void write(Out* out, const double* x, int n) {
-        float y[lanes<F32>] = {};
-        for (int k = 0; k < n; ++k) y[k] = static_cast<float>(x[k]);
-        if (n == lanes<F32>) store(out, load(y));
-        else store_part(out, n, load(y));
     }
 };
 
@@ -125,6 +223,7 @@ template <class E>
 void dist_as(const DistJob& job, int64_t begin, int64_t end, double* column, void* scratch) {
     if (column) DistRows<E>(job, scratch).moments(begin, end, column);
     else DistRows<E>(job, scratch).gradient(begin, end);
+    stream_end();
 }
 
 // The moments of rows [begin, end), or their gradient where `column` is absent.

@@ -16,39 +16,45 @@ void kdlab_dist_cpu(const kdlab_dist* a) {
     const int64_t rows = a->rows, cols = a->cols, room = job.room();
     int64_t counted = 0;
     for (int64_t r = 0; r < rows; ++r) counted += job.counts(r);
-    std::vector<Pearson> row_parts(rows);
+    std::vector<DistRow> row_parts(rows);
     job.row_parts = row_parts.data();
+    job.stream = a->grad && a->rows * a->cols * (a->dtype == KDLAB_F64 ? 8 : a->dtype == KDLAB_F32 ? 4 : 2) > (int64_t(4) << 20);
     job.row_scale = counted ? 1.0 / double(counted) : 0;
     job.scale = a->factor * (a->grad_in ? at(a->grad_in, a->loss_dtype, 0) : 1.0);
-    const size_t scratch = 2 * sizeof(double) * room + sizeof(double) * room;
+    const size_t scratch = job.scratch_bytes();
 
     const int64_t blocks = std::max<int64_t>(1, std::min(most_blocks, rows));
-    std::vector<double> moments(blocks * 5 * room), columns(4 * room);
+    std::vector<double> moments(blocks * 5 * room), columns(6 * room);
     share_rows(blocks, (rows + blocks - 1) / blocks * cols, a->threads, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b)
             kernels_in_use().dist(job, rows * b / blocks, rows * (b + 1) / blocks, &moments[b * 5 * room], scratch_of(scratch));
     });
     double value = 0, by_column = 0;
-    for (const Pearson& row : row_parts) value += row.apart * job.row_scale;
-    double *mean_p = columns.data(), *mean_q = mean_p + room, *own = mean_q + room, *other = own + room;
+    for (int64_t r = 0; r < rows; ++r)
+        if (job.counts(r)) value += row_parts[r].pearson.apart * job.row_scale;
+    job.columns = columns.data();
+    const int precision = a->dtype == KDLAB_F64 ? KDLAB_F64 : KDLAB_F32;
+    auto column = [&](int k, int64_t c, double x) {             // as it is rounded there
+        put(columns.data(), precision, k * room + c, x);
+        return at(columns.data(), precision, k * room + c);
+    };
     for (int64_t c = 0; c < cols && counted; ++c) {
-        double sums[5] = {};
-        for (int64_t b = 0; b < blocks; ++b)
-            for (int k = 0; k < 5; ++k) sums[k] += moments[(b * 5 + k) * room + c];
-        const Pearson x(sums[0], sums[1], sums[2], sums[3], sums[4], double(counted));
+        Sums5 sums = {};
+        for (int64_t b = 0; b < blocks; ++b) {
+            const double* m = &moments[b * 5 * room + c];
+            sums = {sums.q + m[0], sums.d + m[room], sums.qq + m[2 * room], sums.qd + m[3 * room], sums.dd + m[4 * room]};
+        }
+        const Pearson x(sums, double(counted));
         by_column += x.apart;
-        mean_p[c] = sums[0] / double(counted);
-        mean_q[c] = sums[1] / double(counted);
-        own[c] = x.own / double(cols);
-        other[c] = x.other / double(cols);
+        const double q = sums.q / double(counted), d = sums.d / double(counted), share = x.length / double(cols);
+        const double rest_q = q - column(0, c, q), rest_d = d - column(1, c, d);
+        const double own = column(2, c, x.own * share), other = column(3, c, x.other * share);
+        column(4, c, -(own * rest_d + other * rest_q));
+        column(5, c, x.length == 0 ? 0 : 1 / x.length);
     }
     if (cols) value += by_column / double(cols);
     put(a->out, a->loss_dtype, 0, a->factor * value);
     if (!a->grad) return;
-    job.mean_p = mean_p;
-    job.mean_q = mean_q;
-    job.own = own;
-    job.other = other;
     share_rows(rows, cols, a->threads, [&](int64_t begin, int64_t end) {
         kernels_in_use().dist(job, begin, end, nullptr, scratch_of(scratch));
     });

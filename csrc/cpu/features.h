@@ -1,8 +1,13 @@
 // Losses on features: hint, direction, cosine, attention transfer. Included once per instruction set.
 //
 // A sample is read once for its sums, and once more, from its end, for its gradient: what was read last is still in
-// the cache. Products are made in the precision of the input, and sums go on in double.
+// the cache. Products are made in the precision of the input, and sums go on in double. Loops that only read ask the second
+// cache for what comes next: requests to the first one, or further ahead, made them slower.
 namespace KDLAB_ISA {
+
+constexpr int64_t read_ahead = 1024;                        // bytes of what is read next
+template <class E>
+inline void fetch_ahead(const E* p) { fetch(reinterpret_cast<const char*>(p) + read_ahead); }
 
 // Hint: value = mean of d^2, gradient 2 d / n, with d = s - t. One sweep.
 template <class E>
@@ -14,8 +19,8 @@ double hint(const E* s, const E* t, E* grad, int64_t n, double scale, bool past_
         [&](int64_t i) {
             V d = load(s + i) - load(t + i);
             sum.add(d * d);
-            prefetch(s + i);
-            prefetch(t + i);
+            fetch_ahead(s + i);
+            fetch_ahead(t + i);
             if (grad) give<false>(grad + i, 0, d * factor, past_cache);
         },
         [&](int64_t i, int k) {
@@ -57,8 +62,8 @@ Directions directions(const E* s, const E* t, int64_t n, double scale) {
     along_row<V>(n,
         [&](int64_t i) {
             add(load(s + i), load(t + i));
-            prefetch(s + i);
-            prefetch(t + i);
+            fetch_ahead(s + i);
+            fetch_ahead(t + i);
         },
         [&](int64_t i, int k) { add(load_part(s + i, k, zero), load_part(t + i, k, zero)); },
         [&] { ss.carry(); tt.carry(); dd.carry(); ds.carry(); });
@@ -126,9 +131,6 @@ inline void add_to(double* p, F32 x) {
     if (half < lanes<F32>) store(p + half, load(p + half) + high_half(x));
 }
 
-// Into the cache, from this address itself
-inline void fetch(const void* p) { prefetch(static_cast<const char*>(p) - prefetch_ahead); }
-
 // map[p] += sum over kChannels channels of x^2, from one pixel on to the end
 template <int kChannels, class E>
 void add_squares(const E* x, int64_t pixels, double* map) {
@@ -153,7 +155,7 @@ template <class E>
 void square_map(const E* x, int64_t channels, int64_t pixels, double* map) {
     std::memset(map, 0, sizeof(double) * ((pixels + 15) / 16 * 16));
     int64_t c = 0;
-    for (; c + 4 <= channels; c += 4) add_squares<4>(x + c * pixels, pixels, map);
+    for (; c + 8 <= channels; c += 8) add_squares<8>(x + c * pixels, pixels, map);
     for (; c < channels; ++c) add_squares<1>(x + c * pixels, pixels, map);
     for (int64_t p = 0; p < pixels; ++p) map[p] /= channels;
 }
@@ -221,13 +223,17 @@ class Attention {
         for (int64_t p = 0; p < pixels; ++p) factor[p] = R(slope[p]);
     }
 
-    void gradient(const E* s, E* grad) const {
+    // Backwards, as the end is in the cache; meanwhile memory brings what is read next.
+    void gradient(const E* s, E* grad, const E* next) const {
         const V zero = {};
-        for (int64_t c = job.student_shape[0] - 1; c >= 0; --c) {
+        for (int64_t c = job.student_shape[0] - 1; c >= 0; --c, next += pixels) {
             const E* x = s + c * pixels;
             E* g = grad + c * pixels;
             back_along_row<V>(pixels,
-                [&](int64_t p) { give<false>(g + p, 0, load(x + p) * load(factor + p), job.stream); },
+                [&](int64_t p) {
+                    give<false>(g + p, 0, load(x + p) * load(factor + p), job.stream);
+                    fetch(next + p);
+                },
                 [&](int64_t p, int n) { store_part(g + p, n, load_part(x + p, n, zero) * load(factor + p)); });
         }
     }
@@ -255,7 +261,7 @@ public:
         for (int64_t p = 0; p < cells; ++p) sum += (a[p] - b[p]) * (a[p] - b[p]);
         if (grad) {
             set_factor(a, b, length, scale);
-            gradient(s, grad);
+            gradient(s, grad, t + job.teacher_size);
         }
         return sum / cells;
     }

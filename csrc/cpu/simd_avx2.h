@@ -129,6 +129,7 @@ inline void transpose(F32 (&r)[8]) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + prefetch_ahead, _MM_HINT_T0); }
+inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline void stream_end() { _mm_sfence(); }
 
 }  // namespace KDLAB_ISA

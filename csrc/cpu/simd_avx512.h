@@ -162,6 +162,7 @@ inline void give_pair(bf16* p, F32 x, F32 y, bool past_cache) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + prefetch_ahead, _MM_HINT_T0); }
+inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline void stream_end() { _mm_sfence(); }
 
 }  // namespace KDLAB_ISA

@@ -117,8 +117,10 @@ template <class E, class V>
 inline void stream(E* p, V v) { store(p, v); }              // past the cache where the CPU can
 #if defined(__GNUC__)
 inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + prefetch_ahead); }
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }       // into the second cache
 #else
 inline void prefetch(const void*) {}
+inline void fetch(const void*) {}
 #endif
 inline void stream_end() {}
 

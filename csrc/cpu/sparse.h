@@ -240,6 +240,15 @@ class SparseRows {
         return std::max(apart, y.largest) < 0.15 * most;
     }
 
+    static void write(double* out, const double* x, int n) { std::memcpy(out, x, n * sizeof(double)); }
+    template <class Out>
+    static void write(Out* out, const double* x, int n) {
+        float y[lanes<F32>] = {};
+        for (int k = 0; k < n; ++k) y[k] = static_cast<float>(x[k]);
+        if (n == lanes<F32>) store(out, load(y));
+        else store_part(out, n, load(y));
+    }
+
     void write_flat(const Student& x, const Teacher& t, const Result& y, double scale) const {
         const F64 most = all<F64>(x.max), f = all<F64>(y.f * scale), c = all<F64>(y.c * scale);
         for (int64_t i = 0; i < cols; i += lanes<V>) {
@@ -247,7 +256,7 @@ class SparseRows {
             const V s = n == lanes<V> ? load(x.s + i) : load_part(x.s + i, n, low);
             double out[lanes<V>];
             in_double(s, s, [&](int at, F64 a, F64) { store(out + at, softened_exp(a - most, fine) * f - c); });
-            DistRows<E>::write(x.grad + i, out, n);
+            write(x.grad + i, out, n);
         }
         for (int64_t j = 0; j < t.kept; ++j) from_real(R(g[j] * scale), x.grad + id[j]);
     }

@@ -126,9 +126,18 @@ def balance_figure(
     return go.Figure(traces, layout(460, titles, barmode="stack", legend=legend, showlegend=True,
                                     **_axes(names, reach)))
 
-# %% ../../nbs/api/figures/05_balance.ipynb #12c15195
-def balance_sentence(teacher, student, labels, T:float=4.0, t_squared:bool=True, alpha:float=0.5) -> str:
-    "What the figure shows, in one sentence."
+# %% ../../nbs/api/figures/05_balance.ipynb #c599ac73
+def _risen(gradient, names):
+    "The class whose logit a step against the gradient raises most."
+    k = int(np.argmin(gradient))
+    return str(k if names is None else names[k])
+
+
+def balance_sentence(teacher, student, labels, T:float=4.0, t_squared:bool=True, example:int=0, class_names=None,
+                     alpha:float=0.5) -> str:
+    "What the figure shows, in words."
     now = balance_numbers(teacher, student, labels, T, t_squared, alpha)
     return (f"At T = {T:.4g} {'with' if t_squared else 'without'} T² the soft gradient is {now['ratio']:.2g} times as long "
-            f"as the hard one, and makes {now['share']:.0f}% of the whole at equal weights.")
+            f"as the hard one, and makes {now['share']:.0f}% of the whole at equal weights. On example {example} it pushes up "
+            f"class {_risen(soft_gradient(student[example], teacher[example], T), class_names)} most, the label "
+            f"{_risen(hard_gradient(student[example], labels[example]), class_names)}.")

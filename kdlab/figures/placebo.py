@@ -91,13 +91,17 @@ def placebo_figure(
     return go.Figure(traces, layout(560, titles, legend=dict(x=0.16, y=0.02, yanchor="bottom", font_size=14),
                                     showlegend=True, bargap=0.3, **_axes(arms, steps, names, [-edge, edge])))
 
-# %% ../../nbs/api/figures/06_placebo.ipynb #4a38b450
-def placebo_sentence(scores, arms, chosen:int=1) -> str:
-    "What the figure shows, in one sentence."
+# %% ../../nbs/api/figures/06_placebo.ipynb #65135bd1
+def placebo_sentence(scores, arms, chosen:int=1, p=None, label:int | None=None, class_names=None) -> str:
+    "What the figure shows, in words; `p` (C,) is the target of one image with that label."
     now = placebo_numbers(scores)
     mean, half = now["mean"][chosen], now["half"][chosen]
     verdict = "a gain" if mean - half > 0 else "a loss" if mean + half < 0 else "no difference that these seeds can tell"
+    name = lambda k: str(k if class_names is None else class_names[k])
+    rest = None if p is None else int(np.argmax(np.where(np.arange(len(p)) == label, -1, p)))
+    target = "" if p is None else (f" Their target for this image gives {p[label]:.2f} to its label {name(label)}, then "
+                                   f"{p[rest]:.2f} to {name(rest)}.")
     if chosen == 0:
-        return f"Students of {arms[0]} end at {now['last'][:, 0].mean():.1f}% over {len(now['last'])} seeds."
-    return (f"Students of \"{arms[chosen]}\" end at {now['last'][:, chosen].mean():.1f}%, {mean:+.1f} ± {half:.1f} points "
-            f"from \"{arms[0]}\" over {len(now['last'])} seeds: {verdict}.")
+        return f"students of \"{arms[0]}\" end at {now['last'][:, 0].mean():.1f}% over {len(now['last'])} seeds.{target}"
+    return (f"students of \"{arms[chosen]}\" end at {now['last'][:, chosen].mean():.1f}%, {mean:+.1f} ± {half:.1f} points "
+            f"from \"{arms[0]}\" over {len(now['last'])} seeds: {verdict}.{target}")

@@ -228,7 +228,7 @@ def _axes(curves, size, low, width):
         yaxis5=dict(domain=[0, size], anchor="x5", scaleanchor="x5", constrain="domain", constraintoward="top",
                     **hidden))
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #b90ec6d4
+# %% ../../nbs/api/figures/20_reliability.ipynb #8fd32a51
 def _rule(T, axis):
     "An upright line at the best temperature."
     return dict(type="line", xref=f"x{axis}", yref=f"y{axis} domain", x0=T, x1=T, y0=0, y1=1,
@@ -254,15 +254,15 @@ def reliability_figure(
     low, width = size + 0.2, 1.5 * w * MISTAKES
     axes = _axes(curves, size, low, width)
     axes["yaxis5"]["range"] = [1.6 * h - 0.5, -0.5] if h else [2, 0]
-    titles = {"What happens where it says so": (0, 1.015), "Log loss (dashed: the half that chooses T)": (0.58, 1.015),
+    titles = {"What happens where it says so": (0, 1.015), "Log loss (dashed: chooses T)": (0.58, 1.015),
               "ECE (upright: the best T)": (0.58, low + 0.435 * (1 - low)),
               "The most confident mistakes": (0, size + 0.01)}
     best = float(np.clip(curves["best"], 0.25, 4))
     traces = [*_diagram(now), *_key(), *_temperature(now, curves, T),
               *_mistakes(now, labels[1::2], None if images is None else images[1::2], names)]
     legend = dict(orientation="h", x=0, y=1, yref="container", yanchor="top", font_size=15)
-    return go.Figure(traces, layout(height, titles, barmode="overlay", showlegend=True, legend=legend,
-                                    shapes=[_rule(best, 3), _rule(best, 4)], margin=dict(l=68, r=16, t=74, b=10), **axes))
+    axes |= dict(shapes=[_rule(best, 3), _rule(best, 4)], legend=legend, margin=dict(l=68, r=16, t=74, b=10))
+    return go.Figure(traces, layout(height, titles, barmode="overlay", showlegend=True, **axes))
 
 # %% ../../nbs/api/figures/20_reliability.ipynb #4c2f2dfb
 def reliability_sentence(

@@ -71,10 +71,11 @@ def transfer_figure(
                      layout(440, titles, showlegend=True, shapes=[diagonal, here],
                             legend=dict(x=0.13, y=0.03, yanchor="bottom", font_size=14), **frame))
 
-# %% ../../nbs/api/figures/08_transfer.ipynb #9f4a606e
-def transfer_sentence(scores, sizes, sources, size:int=0, source:int=0) -> str:
+# %% ../../nbs/api/figures/08_transfer.ipynb #f095be93
+def transfer_sentence(scores, sizes, sources, size:int=0, source:int=0, fidelity:bool=True) -> str:
     "What the figure shows, in one sentence."
     now = transfer_numbers(scores, size, source)
     (a, ha), (f, hf) = now["accuracy"], now["fidelity"]
-    return (f"With {sizes[size]} inputs from {sources[source]} the student agrees with its teacher on {f:.1f} ± {hf:.1f}% of "
-            f"the test images and is right on {a:.1f} ± {ha:.1f}%.")
+    agrees, right = f"agrees with its teacher on {f:.1f} ± {hf:.1f}%", f"is right on {a:.1f} ± {ha:.1f}%"
+    first, second = (agrees, right) if fidelity else (right, agrees)
+    return f"With {sizes[size]} inputs from {sources[source]} the student {first} of the test images, and {second}."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/functional/00_functional.ipynb #bc89b6ea
+# %% ../../nbs/api/functional/00_functional.ipynb #06bada56
 from .divergences import (
     forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, soft_cross_entropy, logit_mse)
 from .logits import binary_forward_kl, nkd, standardize
@@ -14,19 +14,25 @@ from .ranking import kendall, soft_rank, soft_spearman, spearman, top_k_overlap
 from .labels import cross_entropy, smooth_labels, teacher_free, virtual_teacher
 from .row_weights import confidence_weight, difficulty_weight, entropy_weight
 from .features import attention_transfer, channel_kl, cosine, hint
-from .relations import cka, dist, pkt, rkd, rkd_angle, rkd_distance, similarity
+from .maps import (
+    activation_boundary, factor_transfer, fourier, fsp, hierarchical_context, ickd, imitation, margin_of, nst, overhaul)
+from .tokens import attention_map, lsh, token_relation
+from .relations import (
+    cka, correlation_congruence, dist, pkt, rkd, rkd_angle, rkd_distance, similarity, similarity_kl)
 from kdlab.functional.linear import (
     linear_forward_kl, linear_jsd, linear_reverse_kl, linear_skew_kl, linear_skew_reverse_kl, linear_soft_cross_entropy,
     linear_total_variation)
 from .sparse import TopK, sparse_forward_kl, sparse_reverse_kl, top_k
 
-# %% ../../nbs/api/functional/00_functional.ipynb #c453ecec
+# %% ../../nbs/api/functional/00_functional.ipynb #cb3d3658
 __all__ = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
            "binary_forward_kl", "dkd", "nkd", "standardize", "kendall", "soft_rank", "soft_spearman", "spearman", "top_k_overlap",
            "cross_entropy", "smooth_labels", "teacher_free", "virtual_teacher",
            "confidence_weight", "difficulty_weight", "entropy_weight",
+           "activation_boundary", "factor_transfer", "fourier", "fsp", "hierarchical_context", "ickd", "imitation",
+           "margin_of", "nst", "overhaul",
            "logit_mse", "attention_transfer", "channel_kl", "cosine", "hint", "cka", "dist", "pkt",
-           "rkd", "rkd_angle", "rkd_distance", "similarity",
+           "attention_map", "lsh", "token_relation", "correlation_congruence", "similarity_kl", "rkd", "rkd_angle", "rkd_distance", "similarity",
            "linear_forward_kl", "linear_jsd", "linear_reverse_kl", "linear_skew_kl", "linear_skew_reverse_kl",
            "linear_soft_cross_entropy", "linear_total_variation",
            "TopK", "sparse_forward_kl", "sparse_reverse_kl", "top_k"]

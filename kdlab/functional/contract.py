@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_logits', 'check_pair', 'pick_target', 'is_soft_target', 'check_rows', 'check_temperature',
-           'check_row_temperature', 'check_weight', 'check_reduction', 'check_backend', 'classes_last']
+           'check_row_temperature', 'check_weight', 'check_positive', 'check_reduction', 'check_backend',
+           'classes_last']
 
 # %% ../../nbs/api/functional/01_contract.ipynb #689430c9
 import math
@@ -60,7 +61,7 @@ def check_rows(name:str, x, student:Tensor, kind:str)->None:
             "float": "one number a row; use .float()"}[kind]
     if not right: raise TypeError(f"{name} must be {kind} ({hint}), got {x.dtype}")
 
-# %% ../../nbs/api/functional/01_contract.ipynb #254f4b4e
+# %% ../../nbs/api/functional/01_contract.ipynb #5e4782a5
 def check_temperature(T)->None:
     "Raise unless T is a positive finite number, or a 0-dim tensor (whose value is not looked at)."
     if isinstance(T, Tensor):
@@ -78,6 +79,11 @@ def check_weight(name:str, x)->float:
     "`x` as a float if it is a finite number; an error otherwise."
     if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) < math.inf:
         raise ValueError(f"{name} must be a finite number, got {x!r}")
+    return float(x)
+
+def check_positive(name:str, x)->float:
+    "`x` as a float if it is a finite number > 0; an error otherwise."
+    if not check_weight(name, x) > 0: raise ValueError(f"{name} must be > 0, got {x!r}")
     return float(x)
 
 def check_reduction(reduction:str, normalizer)->None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/losses/00_losses.ipynb #a0c577fb
+# %% ../../nbs/api/losses/00_losses.ipynb #01128f6d
 from .objective import Loss, Objective, Part
 from .divergences import (
     CrossEntropy, ForwardKL, SoftKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TotalVariation, SoftCrossEntropy, LogitMSE)
@@ -14,18 +14,25 @@ from kdlab.losses.logits import (
     TeacherFree)
 from .decoupled import DKD
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
-from .relations import CKA, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity
+from .maps import (
+    ActivationBoundary, FactorTransfer, Fourier, FSP, HierarchicalContext, ICKD, Imitation, NST, Overhaul)
+from .trained import CRD, MGD, ReviewKD, SemCKD, SimKD, SRRL, VID
+from .tokens import AttentionMap, LSH, TokenRelation
+from .relations import (
+    CKA, CorrelationCongruence, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity, SimilarityKL)
 from .linear import (
     LinearForwardKL, LinearJSD, LinearReverseKL, LinearSkewKL, LinearSkewReverseKL, LinearSoftCrossEntropy,
     LinearTotalVariation)
 from .sparse import SparseForwardKL, SparseReverseKL
 
-# %% ../../nbs/api/losses/00_losses.ipynb #b6dcc3a8
+# %% ../../nbs/api/losses/00_losses.ipynb #67c8cbb8
 __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "ReverseKL", "JSD", "SkewKL",
            "SkewReverseKL", "TotalVariation", "SoftCrossEntropy", "LogitMSE",
            "LinearForwardKL", "LinearJSD", "LinearReverseKL", "LinearSkewKL", "LinearSkewReverseKL",
            "LinearSoftCrossEntropy", "LinearTotalVariation", "SparseForwardKL", "SparseReverseKL",
            "BinaryForwardKL", "ConfidenceWeighted", "DKD", "DifficultyWeighted", "EntropyWeighted", "NKD", "RowWeighted",
            "SoftSpearman", "Standardized", "TeacherFree",
+           "ActivationBoundary", "FactorTransfer", "Fourier", "FSP", "HierarchicalContext", "ICKD", "Imitation", "NST", "Overhaul",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
-           "CKA", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]
+           "AttentionMap", "LSH", "TokenRelation", "CRD", "MGD", "ReviewKD", "SemCKD", "SimKD", "SRRL", "VID",
+           "CKA", "CorrelationCongruence", "SimilarityKL", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]

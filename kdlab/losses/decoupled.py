@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DKD']
 
-# %% ../../nbs/api/losses/11_decoupled.ipynb #fca98b9e
+# %% ../../nbs/api/losses/11_decoupled.ipynb #c526b7b2
 from ..functional import decoupled
-from ..functional.contract import check_temperature, check_weight
+from ..functional.contract import check_weight
 from .logits import LogitLoss
-from .objective import Number, Part, live, shown
+from .objective import Number, Part, check_temperature, live, shown
 
 # %% ../../nbs/api/losses/11_decoupled.ipynb #607fd40f
 class DKD(LogitLoss):

@@ -6,13 +6,13 @@
 __all__ = ['Divergence', 'ForwardKL', 'SoftKL', 'ReverseKL', 'TotalVariation', 'SoftCrossEntropy', 'JSD', 'SkewKL',
            'SkewReverseKL', 'LogitMSE', 'CrossEntropy']
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #4249cdf1
+# %% ../../nbs/api/losses/02_divergences.ipynb #383bc3d1
 import re
 import torch
-from ..functional.contract import check_temperature, pick_target
+from ..functional.contract import pick_target
 from ..functional.divergences import check_mix
 from ..functional.labels import check_smoothing, cross_entropy
-from .objective import Number, Part, RowLoss, shown
+from .objective import Number, Part, RowLoss, check_temperature, shown
 
 # %% ../../nbs/api/losses/02_divergences.ipynb #c42bb964
 class Divergence(RowLoss):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FeatureLoss', 'Hint', 'AttentionTransfer', 'Cosine', 'ChannelKL']
 
-# %% ../../nbs/api/losses/03_features.ipynb #11c57b29
+# %% ../../nbs/api/losses/03_features.ipynb #4720bb0f
 import torch
 from torch import Tensor, nn
 from ..functional import features
-from ..functional.contract import check_backend, check_reduction, check_temperature
-from .objective import Loss, Number, Part, live, shown
+from ..functional.contract import check_backend, check_reduction
+from .objective import Loss, Number, Part, check_temperature, live, shown
 
 # %% ../../nbs/api/losses/03_features.ipynb #5de83918
 class _Projecting(Loss):

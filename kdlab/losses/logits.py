@@ -6,15 +6,15 @@
 __all__ = ['LogitLoss', 'NKD', 'BinaryForwardKL', 'SoftSpearman', 'TeacherFree', 'Standardized', 'RowWeighted',
            'ConfidenceWeighted', 'DifficultyWeighted', 'EntropyWeighted']
 
-# %% ../../nbs/api/losses/10_logits.ipynb #2df4e64f
+# %% ../../nbs/api/losses/10_logits.ipynb #d68c4acf
 import torch
 from torch import Tensor
 from ..functional import labels as label_functions
 from ..functional import logits as functions
 from ..functional import ranking, row_weights
 from ..functional.contract import (
-    check_pair, check_reduction, check_temperature, check_weight, is_soft_target, pick_target)
-from .objective import Loss, Number, Part, live, shown
+    check_pair, check_reduction, check_weight, is_soft_target, pick_target)
+from .objective import Loss, Number, Part, check_temperature, live, shown
 
 # %% ../../nbs/api/losses/10_logits.ipynb #e580284e
 class LogitLoss(Loss):
@@ -259,10 +259,11 @@ def _row_weights(loss:RowWeighted, student, teacher, target, mask)->Tensor:
     mean = own.sum() / (max(1, w.numel()) if valid is None else valid.sum().clamp(min=1))
     return w / mean.where(mean > 0, 1)
 
-# %% ../../nbs/api/losses/10_logits.ipynb #50c8be24
+# %% ../../nbs/api/losses/10_logits.ipynb #c4c56290
 class ConfidenceWeighted(RowWeighted):
     "A loss that trusts the teacher where it is sure; see `kdlab.functional.confidence_weight`."
     written = "rows weighted by the teacher's confidence, {}"
+    T = Number()
 
     def __init__(self,
         loss:Loss, # a soft loss on rows of logits, or a weighted sum of such
@@ -281,7 +282,7 @@ class ConfidenceWeighted(RowWeighted):
         return row_weights.confidence_weight(teacher, target, by=self.by, T=self.T, dim=self.dim,
                                              ignore_index=self.ignore_index)
 
-    def extra_repr(self): return f"by={self.by}, T={self.T:g}"
+    def extra_repr(self): return f"by={self.by}, T={shown(self.T):g}"
 
 # %% ../../nbs/api/losses/10_logits.ipynb #b378b93d
 class DifficultyWeighted(RowWeighted):
@@ -302,10 +303,11 @@ class DifficultyWeighted(RowWeighted):
 
     def extra_repr(self): return ""
 
-# %% ../../nbs/api/losses/10_logits.ipynb #fbccde74
+# %% ../../nbs/api/losses/10_logits.ipynb #bc928551
 class EntropyWeighted(RowWeighted):
     "A loss that works where teacher and student hesitate (EA-KD); see `kdlab.functional.entropy_weight`."
     written = "rows weighted by ½ H_t (1 + H_s/log C), {}"
+    T = Number()
 
     def __init__(self,
         loss:Loss, # a soft loss on rows of logits, or a weighted sum of such
@@ -322,4 +324,4 @@ class EntropyWeighted(RowWeighted):
         return row_weights.entropy_weight(student, teacher, target, T=self.T, dim=self.dim,
                                           ignore_index=self.ignore_index)
 
-    def extra_repr(self): return f"T={self.T:g}"
+    def extra_repr(self): return f"T={shown(self.T):g}"

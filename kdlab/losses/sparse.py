@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SparseLoss', 'SparseForwardKL', 'SparseReverseKL']
 
-# %% ../../nbs/api/losses/06_sparse.ipynb #5b4b75cf
+# %% ../../nbs/api/losses/06_sparse.ipynb #11e143ad
 import re
 import torch
 from torch import Tensor
 from ..functional import sparse
-from ..functional.contract import check_backend, check_reduction, check_temperature
-from .objective import Loss, Number, Part, live
+from ..functional.contract import check_backend, check_reduction
+from .objective import Loss, Number, Part, check_temperature, live, shown
 
-# %% ../../nbs/api/losses/06_sparse.ipynb #1f4dc469
+# %% ../../nbs/api/losses/06_sparse.ipynb #dcabc595
 class SparseLoss(Loss):
     "A divergence from the pair (log_probs, ids) of a teacher; its options are set by the loss."
     role, term, tails, written = "feature", "", sparse.TAILS, ""
@@ -40,12 +40,13 @@ class SparseLoss(Loss):
         rows = self._ask(student.detach(), teacher, target, "none", labels=labels, mask=mask)
         return {self.term: Part(1., rows)}
 
-    def extra_repr(self): return f"T={self.T:g}, tail={self.tail}" + ("" if self.t_squared else ", t_squared=False")
+    def extra_repr(self): return f"T={shown(self.T):g}, tail={self.tail}" + ("" if self.t_squared else ", t_squared=False")
 
     def equation(self)->str:
         "The loss as it is written on paper."
-        square = f"{self.T:g}²·" if self.t_squared and self.T != 1 else ""
-        spell = {"P": f"top k of softmax(teacher/{self.T:g}), rest: {self.tail}", "Q": f"softmax(student/{self.T:g})"}
+        T = shown(self.T)
+        square = f"{T:g}²·" if self.t_squared and T != 1 else ""
+        spell = {"P": f"top k of softmax(teacher/{T:g}), rest: {self.tail}", "Q": f"softmax(student/{T:g})"}
         return square + re.sub(r"\b[PQ]\b", lambda found: spell[found[0]], self.written)
 
 # %% ../../nbs/api/losses/06_sparse.ipynb #09afa973

@@ -28,7 +28,7 @@ norms = [np.linalg.norm(g, axis=1).mean() for g in (soft, hard)]
 share = norms[0] / sum(norms)                                     # at equal weights
 """
 
-# %% ../../nbs/api/widgets/05_balance.ipynb #ac3af644
+# %% ../../nbs/api/widgets/05_balance.ipynb #e6614047
 class TSquaredBalance(KDWidget):
     "Length of the soft and the hard gradient against the temperature, with and without T²."
     title = "T² balance"
@@ -62,7 +62,8 @@ class TSquaredBalance(KDWidget):
     def draw(self, T, t_squared, seed, example):
         return balance_figure(*self._run(seed), T, t_squared, example, self.names)
 
-    def sentence(self, T, t_squared, seed, example): return balance_sentence(*self._run(seed), T, t_squared)
+    def sentence(self, T, t_squared, seed, example):
+        return balance_sentence(*self._run(seed), T, t_squared, example, self.names)
 
     def code(self) -> str:
         "Lines of Python that compute the norms and the share."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['closeness', 'Challenge', 'link']
 
-# %% ../../nbs/api/widgets/04_challenge.ipynb #ac8ab9b6
+# %% ../../nbs/api/widgets/04_challenge.ipynb #78d112fe
+import os
 from collections.abc import Callable
 
 import anywidget
@@ -57,7 +58,7 @@ class _Goal(anywidget.AnyWidget):
     score = Float(0.0).tag(sync=True)
     text = Unicode().tag(sync=True)
 
-# %% ../../nbs/api/widgets/04_challenge.ipynb #b0d61068
+# %% ../../nbs/api/widgets/04_challenge.ipynb #c34b44c5
 class Challenge(ipywidgets.VBox):
     "A view with a goal above it. `score` (0 to 1), `reached` and `moves` follow the controls; reached stays reached."
     score, reached, moves = Float(0.0), Bool(False), Int(0)
@@ -75,6 +76,10 @@ class Challenge(ipywidgets.VBox):
         self.add_class("kd-widget")
         self._judge()
         view.observe(self._moved, list(view.state()))
+
+    def _repr_mimebundle_(self, **kwargs):
+        static = os.environ.get("KDLAB_STATIC", "0") != "0"  # a goal needs controls: there the view alone is shown
+        return self.view._repr_mimebundle_(**kwargs) if static else super()._repr_mimebundle_(**kwargs)
 
     def _moved(self, change):
         self.moves += not self.reached

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KDFigure', 'shared_bundle', 'show', 'on_points', 'Panel', 'refresh', 'Work', 'write_view', 'KDWidget']
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #8dd59595
+# %% ../../nbs/api/widgets/00_kit.ipynb #8cc93315
 import asyncio
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -424,7 +425,7 @@ class _Buttons(_State):
         if self._work is not None:
             self._work.stop()
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #49c63c6a
+# %% ../../nbs/api/widgets/00_kit.ipynb #f70d2abf
 class KDWidget(_Buttons):
     "Base of kdlab's live views: a panel with controls above a figure."
     title = ""
@@ -458,6 +459,13 @@ class KDWidget(_Buttons):
     def controls(self, **state) -> list[dict]:
         "The controls; a view overrides it where they depend on its state."
         return list(self._controls)
+
+    def _repr_mimebundle_(self, **kwargs):
+        "The live view; with KDLAB_STATIC=1 the picture and its sentence, which a converted notebook shows without network."
+        if os.environ.get("KDLAB_STATIC", "0") == "0":
+            return super()._repr_mimebundle_(**kwargs)
+        text = self.panel.text or self.panel.error
+        return {"text/plain": f"{self.title}. {text}", "text/html": figures.snippet(go.Figure(self.fig), self.title, text)}
 
     def to_html(self, path, controls=None, bundle:str="inline") -> Path:
         "Write the view to a page that needs no kernel and no network; see `write_view`."

@@ -10,14 +10,15 @@ import numpy as np
 from .gap import TeacherStudentGap
 from .temperature import TemperatureLens
 
-# %% ../../nbs/api/widgets/09_picker.ipynb #dacc2ebe
+# %% ../../nbs/api/widgets/09_picker.ipynb #e1831d00
 def show(
-    what, # a `Run` with valid outputs, or logits (N, C) as array or tensor
-    images=None, # pictures (N, H, W) of the same samples; those of a run are found if they are kept in it
+    what, # a `Run` with valid outputs, a `Gap`, or logits (N, C) as array or tensor
+    images=None, # pictures (N, H, W) of the same samples; those of a run or a gap are found if they are kept in it
     labels=None, # true classes (N,), for logits
     class_names:list[str]|None=None, # C names
 ):
-    "The widget for a run (teacher against student) or for one model's logits (the temperature lens)."
+    "The widget for a run or a gap (teacher against student) or for one model's logits (the temperature lens)."
+    if hasattr(what, "reverse_kl"): return _of_gap(what, images, class_names)
     outputs = getattr(what, "outputs", None)
     if not hasattr(what, "history"): return TemperatureLens(what, images=images, labels=labels, class_names=class_names)
     if not outputs: raise ValueError("this run has nothing to show: pass valid= to kd.distill, and let one epoch finish")
@@ -26,6 +27,17 @@ def show(
     if outputs.get("teacher") is None or labels is None:
         return TemperatureLens(outputs["student"], images=images, labels=labels, class_names=class_names)
     return TeacherStudentGap(outputs["teacher"], outputs["student"], labels, images=images, class_names=class_names)
+
+def _of_gap(gap, images, class_names):
+    "The widget for a `Gap`: its labelled samples, or the teacher's logits where there are no labels."
+    if gap.teacher.logits is None or gap.student.logits is None:
+        raise ValueError("this gap kept no logits, because they are large: pass a larger keep= (bytes) to kd.gap, or see all of it "
+                         "with kd.report(gap, path)")
+    images, names = _pictures(gap.inputs) if images is None else images, gap.classes if class_names is None else class_names
+    if gap.labels is None: return TemperatureLens(gap.teacher.logits, images=images, class_names=names)
+    rows = np.flatnonzero(gap.labelled)
+    return TeacherStudentGap(gap.teacher.logits[rows], gap.student.logits[rows], gap.labels[rows], class_names=names,
+                             images=None if images is None else np.asarray(images)[rows], ids=gap.ids[rows].tolist())
 
 def _pictures(x)->np.ndarray|None:
     "Grey pictures (N, H, W), if that is what the inputs are."

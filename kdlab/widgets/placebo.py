@@ -23,7 +23,30 @@ gain = last[:, {arm}] - last[:, 0]               # over "{first}", paired by see
 mean, error = gain.mean(), gain.std(ddof=1) / np.sqrt(len(gain))
 """
 
-# %% ../../nbs/api/widgets/06_placebo.ipynb #8d8f5333
+# %% ../../nbs/api/widgets/06_placebo.ipynb #071488e3
+def _check_scores(scores, steps, arms):
+    "Scores of each task as (S, A, K)."
+    want = (len(arms), len(steps))
+    for task, runs in scores.items():
+        if figures.to_numpy(runs).ndim != 3 or figures.to_numpy(runs).shape[1:] != want:
+            raise ValueError(f"scores[{task!r}] must have shape (seeds, {want[0]}, {want[1]}), one score for each arm and "
+                             f"step; got {figures.to_numpy(runs).shape}")
+    return [figures.to_numpy(runs) for runs in scores.values()]
+
+
+def _check_targets(targets, images, labels, class_names, arms):
+    "Targets, images, labels and names that fit each other, or four times None."
+    if targets is None:
+        return None, None, None, None
+    targets = figures.to_numpy(targets)
+    if targets.ndim != 3 or len(targets) != arms or labels is None or images is None:
+        raise ValueError(f"targets must have shape ({arms}, images, classes) and come with images= and labels=; "
+                         f"got {targets.shape}")
+    n, c = targets.shape[1:]
+    names = figures.check_names(class_names, c)
+    return targets, figures.check_images(images, n), figures.check_labels(labels, n, c), names
+
+# %% ../../nbs/api/widgets/06_placebo.ipynb #c0f83de3
 class PlaceboTeacher(KDWidget):
     "Scores of students of the true teacher and of placebos with the same entropy."
     title = "Placebo teacher"
@@ -33,24 +56,44 @@ class PlaceboTeacher(KDWidget):
 
     def __init__(
         self,
+        scores=None,  # {task: (S, A, K) scores in percent of S seeds, A arms, K steps}; stored runs if None
+        steps=None,  # (K,) optimizer steps
+        arms=None,  # A names; the others are compared with the first
+        targets=None,  # (A, N, C) each arm's targets for N images; optional
+        images=None,  # (N, H, W)
+        labels=None,  # (N,) classes of the images
+        class_names=None,  # C names
         hide=(),  # controls to leave out: "task", "arm", "example", "reset", "title"
     ):
-        arrays = stored.load()
-        self.scores = arrays["placebo_same"], arrays["placebo_unseen"]
-        self.targets, self.images = arrays["placebo_targets"][0], arrays["placebo_images"][0]
-        self.labels = self.targets[0].argmax(-1)
-        self._controls = [
-            figures.choice("task", "Task", range(2), SETTINGS), figures.choice("arm", "Targets", range(6), stored.ARMS),
-            figures.slider("example", "Image", range(len(self.images)))]
+        if scores is None:
+            arrays = stored.load()
+            scores = dict(zip(SETTINGS, (arrays["placebo_same"], arrays["placebo_unseen"])))
+            steps, arms = stored.STEPS, stored.ARMS
+            targets, images = arrays["placebo_targets"][0], arrays["placebo_images"][0]
+            labels = targets[0].argmax(-1)
+        self.tasks, self.scores, self.steps, self.arms = list(scores), _check_scores(scores, steps, arms), list(steps), list(arms)
+        self.targets, self.images, self.labels, self.names = _check_targets(targets, images, labels, class_names, len(self.arms))
+        self._controls = [figures.choice("task", "Task", range(len(self.tasks)), self.tasks),
+                          figures.choice("arm", "Targets", range(len(self.arms)), self.arms)]
+        if self.targets is not None:
+            self._controls.append(figures.slider("example", "Image", range(self.targets.shape[1])))
         super().__init__(hide)
 
+    def _image(self, example):
+        "Targets of all arms, picture and label of one image, if there are any."
+        if self.targets is None:
+            return None, None, None
+        i = figures.check_index(example, self.targets.shape[1], "example")
+        return self.targets[:, i], self.images[i], int(self.labels[i])
+
     def draw(self, task, arm, example):
-        return placebo_figure(self.scores[task], stored.STEPS, stored.ARMS, arm, self.targets[:, example],
-                              self.images[example], int(self.labels[example]))
+        return placebo_figure(self.scores[task], self.steps, self.arms, arm, *self._image(example), self.names)
 
     def sentence(self, task, arm, example):
-        return f"On {SETTINGS[task]}: " + placebo_sentence(self.scores[task], stored.ARMS, arm)
+        targets, _, label = self._image(example)
+        return f"On {self.tasks[task]}, " + placebo_sentence(self.scores[task], self.arms, arm,
+                                                            None if targets is None else targets[arm], label, self.names)
 
     def code(self) -> str:
         "Lines of Python that compute the difference and its error from the stored runs."
-        return _CODE.format(task=("same", "unseen")[self.task], arm=self.arm, first=stored.ARMS[0])
+        return _CODE.format(task=("same", "unseen")[self.task], arm=self.arm, first=self.arms[0])

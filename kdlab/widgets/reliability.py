@@ -57,32 +57,11 @@ def given_models(logits) -> dict:
         raise ValueError(f"all models must answer the same examples, with one shape (N, C); got {sorted(shapes)}")
     return models
 
-# %% ../../nbs/api/widgets/20_reliability.ipynb #d6d11f32
-class Reliability(KDWidget):
-    "Reliability diagram with ECE, its interval and the best temperature after training."
-    title = "Reliability"
-    caption = "Hatched: the distance of what the model says to what happens. The best T closes it, and moves no answer."
+# %% ../../nbs/api/widgets/20_reliability.ipynb #d360cf04
+class _Models(KDWidget):
+    "The state: which model at which step, and how it is looked at."
     model, step, seed, bins = (Int(v).tag(kd=True) for v in (1, -1, 0, 10))
     T, equal_mass = Float(1.0).tag(kd=True), Bool(False).tag(kd=True)
-
-    def __init__(
-        self,
-        logits=None,  # (N, C), (S, N, C), or a dict of such arrays by model; stored runs on digits if None
-        labels=None,  # (N,) true classes
-        images=None,  # (N, H, W) grey pictures
-        class_names=None,  # C names
-        hide=(),  # controls to leave out: "model", "step", "seed", "bins", "T", "equal_mass", "best", "reset", "title"
-    ):
-        own = logits is None
-        self.models, labels, images = stored_models() if own else (given_models(logits), labels, images)
-        seeds, steps, n, c = next(iter(self.models.values())).shape
-        if labels is None:
-            raise ValueError(f"labels must hold the true class of each example, ({n},) whole numbers")
-        self.labels, self.images = figures.check_labels(labels, n, c), figures.check_images(images, n)
-        self.class_names, self._known = figures.check_names(class_names, c), {}
-        self._controls = self._named(list(self.models), stored.STEPS if own else (), seeds)
-        self.page_controls = tuple(c["name"] for c in self._controls if c["name"] in ("model", "step", "T"))
-        super().__init__(hide, model=min(1, len(self.models) - 1), step=steps - 1)
 
     def _named(self, models, steps, seeds):
         "The controls; one choice is no choice."
@@ -103,6 +82,34 @@ class Reliability(KDWidget):
             self._known[key] = temperature_curves(self._logits(*key[:3]), self.labels, bins, equal_mass)
         return self._known[key]
 
+    def press(self, name):
+        self.T = self._curves(self.model, self.step, self.seed, self.bins, self.equal_mass)["best"]
+
+# %% ../../nbs/api/widgets/20_reliability.ipynb #57589624
+class Reliability(_Models):
+    "Reliability diagram with ECE, its interval and the best temperature after training."
+    title = "Reliability"
+    caption = "Hatched: the distance of what the model says to what happens. The best T closes it, and moves no answer."
+
+    def __init__(
+        self,
+        logits=None,  # (N, C), (S, N, C), or a dict of such arrays by model; stored runs on digits if None
+        labels=None,  # (N,) true classes
+        images=None,  # (N, H, W) grey pictures
+        class_names=None,  # C names
+        hide=(),  # controls to leave out: "model", "step", "seed", "bins", "T", "equal_mass", "best", "reset", "title"
+    ):
+        own = logits is None
+        self.models, labels, images = stored_models() if own else (given_models(logits), labels, images)
+        seeds, steps, n, c = next(iter(self.models.values())).shape
+        if labels is None:
+            raise ValueError(f"labels must hold the true class of each example, ({n},) whole numbers")
+        self.labels, self.images = figures.check_labels(labels, n, c), figures.check_images(images, n)
+        self.class_names, self._known = figures.check_names(class_names, c), {}
+        self._controls = self._named(list(self.models), stored.STEPS if own else (), seeds)
+        self.page_controls = tuple(c["name"] for c in self._controls if c["name"] in ("model", "step", "T"))
+        super().__init__(hide, model=min(1, len(self.models) - 1), step=steps - 1)
+
     def draw(self, model, step, seed, bins, T, equal_mass):
         return reliability_figure(self._logits(model, step, seed), self.labels, T, bins, equal_mass, self.images,
                                   self.class_names, self._curves(model, step, seed, bins, equal_mass))
@@ -111,9 +118,6 @@ class Reliability(KDWidget):
         best = self._curves(model, step, seed, bins, equal_mass)["best"]
         name = f"{list(self.models)[model]}: ".capitalize() if len(self.models) > 1 else ""
         return name + reliability_sentence(self._logits(model, step, seed), self.labels, T, bins, equal_mass, best)
-
-    def press(self, name):
-        self.T = self._curves(self.model, self.step, self.seed, self.bins, self.equal_mass)["best"]
 
     def code(self) -> str:
         "Lines of Python that compute ECE and the best temperature from `logits` and `labels`."

@@ -22,7 +22,7 @@ accuracy, fidelity = scores[:, {size}, {source}].T      # {n} inputs from {name}
 means = accuracy.mean(), fidelity.mean()
 """
 
-# %% ../../nbs/api/widgets/08_transfer.ipynb #09ecdd56
+# %% ../../nbs/api/widgets/08_transfer.ipynb #d876ba7b
 class TransferSet(KDWidget):
     "Accuracy and agreement with the teacher against size and source of the transfer set."
     title = "Transfer set"
@@ -51,7 +51,7 @@ class TransferSet(KDWidget):
 
     def draw(self, size, source, fidelity): return transfer_figure(*self.shown, size, source, fidelity)
 
-    def sentence(self, size, source, fidelity): return transfer_sentence(*self.shown, size, source)
+    def sentence(self, size, source, fidelity): return transfer_sentence(*self.shown, size, source, fidelity)
 
     def code(self) -> str:
         "Lines of Python that compute both means from the stored runs."

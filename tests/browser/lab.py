@@ -94,6 +94,25 @@ class Record:
             one.clear()
 
 
+class Traffic:
+    "Bytes that a page receives, over http and over its websockets."
+
+    def __init__(self, page):
+        self.bytes = 0
+        session = page.context.new_cdp_session(page)
+        session.send("Network.enable")
+        session.on("Network.loadingFinished", lambda e: self._add(e["encodedDataLength"]))
+        session.on("Network.webSocketFrameReceived", lambda e: self._add(_frame_size(e["response"])))
+
+    def _add(self, n):
+        self.bytes += int(n)
+
+
+def _frame_size(frame):
+    "Binary frames come as base64."
+    return len(frame["payloadData"]) * (0.75 if frame["opcode"] == 2 else 1)
+
+
 class Lab:
     "A JupyterLab on a free port with its own token, configuration, settings, workspaces and runtime folder."
 
@@ -206,6 +225,11 @@ class Book:
         self.command("docmanager:save")
         self.page.reload()
         self.ready()
+
+    def drawn(self, plots):
+        "Wait until that many plots are drawn."
+        many = "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.querySelector('.main-svg')).length"
+        self.page.wait_for_function(f"n => {many} === n", arg=plots, timeout=60_000)
 
     def theme(self, name):
         "Switch to 'JupyterLab Dark' or 'JupyterLab Light'."
