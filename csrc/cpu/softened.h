@@ -37,7 +37,7 @@ template <class V>
 inline V softened_exp(V x, const Temperature<V>& T) { return exp2_of(max(T.floor, x), T.k, T.k_rest); }  // NaN passes
 
 // The same for x / T below 3, and NaN or anything above that.
-template <bool kFiner, class V>
+template <bool kFiner = false, class V>
 inline V quick_exp(V x, const Temperature<V>& T) {
     if constexpr (has_quick_exp2<V>) return quick_exp2(x, T.k, kFiner);
     else return softened_exp(x, T);

@@ -207,7 +207,7 @@ class WideRows {
                 store(x.et + i, et);
             }
             if (kCE) {
-                V h = quick_exp<false>(a, one);
+                V h = quick_exp(a, one);
                 store(x.h + i, h);
                 p.zh = p.zh + h;
             }
