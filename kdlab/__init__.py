@@ -68,7 +68,7 @@ _HOMES |= {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #69147edd
+# %% ../nbs/api/00_kdlab.ipynb #3723bbe6
 _MODULES = """
 adapters
 cache
@@ -87,6 +87,7 @@ schemes
 taps
 tasks
 timing
+transfer
 """.split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]

@@ -134,7 +134,7 @@ def scheduled(objective:Objective)->dict[str, float]:
         for name, value in numbers_that_move(term.loss): found[f"{term.name} {name}"] = float(value)
     return found
 
-# %% ../nbs/api/04_terms.ipynb #2338e87e
+# %% ../nbs/api/04_terms.ipynb #e25d2a16
 def has_unlabelled(y:Tensor|None)->bool:
     "Is there a sample without a label?"
     return y is None or y.dim() == 1 and bool((y == -100).any())
@@ -142,8 +142,11 @@ def has_unlabelled(y:Tensor|None)->bool:
 def _labelled(unit:Loss, student, teacher, y, unlabelled:bool, options:dict)->Tensor|None:
     "Terms that see the same tensors; None where all of them need labels and there are none."
     if not unlabelled: return unit(student, teacher, y, **options)
-    soft, hard = ([(w, loss) for w, loss in unit.terms() if w != 0 and (loss.role == "hard") == hard] for hard in (False, True))
+    kind = lambda loss: "hard" if loss.role == "hard" else "labelled" if loss.needs_labels else "soft"
+    active = [(w, loss) for w, loss in unit.terms() if w != 0]
+    soft, labelled, hard = ([(w, loss) for w, loss in active if kind(loss) == k] for k in ("soft", "labelled", "hard"))
     values = [Objective(soft)(student, teacher, **options)] if soft else []
+    if labelled and y is not None: values.append(Objective(labelled)(student, teacher, y, **options))
     if hard and y is not None: values.append(Objective(hard)(student, None, y, **options))
     return sum(values[1:], values[0]) if values else None
 
@@ -215,7 +218,7 @@ def weigh(
     if not total: raise ValueError("a batch has samples without labels, and the objective has no soft term: add kd.SoftKL()")
     return sum(total[1:], total[0]), worth
 
-# %% ../nbs/api/04_terms.ipynb #8e4ffdb0
+# %% ../nbs/api/04_terms.ipynb #c306d3fb
 class Batch(NamedTuple):
     "A batch of a loader, on the device."
     raw: object # as the loader gave it
@@ -228,7 +231,7 @@ def _rows(loss:Loss, ours:Seen, first:Batch, batch:Batch)->float:
     student, n, y = ours.at((loss.bound or (None,))[0]), count(batch.x), batch.y
     tokens = _counts_tokens(loss, student, first.mask)
     if loss.compares == "features": return float(batch.mask.sum()) if tokens else n
-    if loss.role != "hard" and has_unlabelled(y): # every row counts
+    if loss.role != "hard" and not loss.needs_labels and has_unlabelled(y): # every row counts
         places = student.numel() / max(1, len(student) * student.shape[getattr(loss, "dim", -1)]) if isinstance(student, Tensor) else 1
         return float(batch.mask.sum()) if tokens else n * places
     if y is None: return 0

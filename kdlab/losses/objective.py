@@ -196,10 +196,11 @@ class Part(NamedTuple):
     weight: float # its weight
     rows: Tensor # its unweighted value for each row, detached; 0 where a row does not count
 
-# %% ../../nbs/api/losses/01_objective.ipynb #d2cc3800
+# %% ../../nbs/api/losses/01_objective.ipynb #b500a5a7
 class Loss(_Bindable):
     "A loss on `(student, teacher, target)`; `*`, `/`, `+`, `-` and `sum` build an `Objective`."
     role = "soft" # soft: from the teacher; hard: from labels; feature: between layers; self: from the student alone
+    needs_labels = False # does its comparison with the teacher need labels? Rows without one then count in no term of it
     def terms(self)->list[tuple[float, "Loss"]]:
         "The single losses inside, each with its weight."
         return [(1., self)]
