@@ -34,9 +34,10 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #2ab3650c
+# %% ../nbs/api/00_kdlab.ipynb #df14d0b3
 _HOMES |= {
-    "kdlab.distilling": "distill Run load predict",
+    "kdlab.distilling": "distill predict",
+    "kdlab.runs": "Run load",
     "kdlab.logs": "tensorboard",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
