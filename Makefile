@@ -21,10 +21,11 @@ test: $(VENV)/.built  ## set up and run everything: unit tests, notebooks, brows
 
 setup: $(VENV)/.built  ## make the virtual environment and build the extension
 
-export: $(VENV)/.built  ## notebooks -> package, command-line table and README; then clean the notebooks
+export: $(VENV)/.built  ## notebooks -> package, command-line table, README, table of losses; then clean the notebooks
 	@$(BIN)/nbdev-export
 	@$(BIN)/python -m kdlab.cli_export
 	@$(BIN)/python docs/readme.py
+	@$(BIN)/python docs/loss_table.py
 	@$(BIN)/nbdev-clean
 
 widget-data: $(VENV)/.built  ## make the runs that the widgets show (5 seeds, a few minutes)

@@ -17,7 +17,7 @@ import kdlab as kd
 from kdlab import losses, ops
 
 OUT = Path(__file__).parent / "losses.md"
-BASES = {"Loss", "RowLoss", "Divergence", "FeatureLoss", "RelationLoss", "LogitLoss", "Objective",
+BASES = {"LinearDivergence", "SparseLoss", "Loss", "RowLoss", "Divergence", "FeatureLoss", "RelationLoss", "LogitLoss", "Objective",
          "MapLoss", "ProjectedMapLoss", "TrainedLoss"}
 SOURCE = re.compile(r"(?:arXiv:)(\d{4}\.\d{4,5})|(?:doi:)(10\.[\w./-]*\w)|(?:openreview:)(\w+)")
 

@@ -34,9 +34,10 @@ _HOMES = {
     "kdlab.ops": "empty_cache",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #2ab3650c
+# %% ../nbs/api/00_kdlab.ipynb #df14d0b3
 _HOMES |= {
-    "kdlab.distilling": "distill Run load predict",
+    "kdlab.distilling": "distill predict",
+    "kdlab.runs": "Run load",
     "kdlab.logs": "tensorboard",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
@@ -68,7 +69,7 @@ _HOMES |= {
     "kdlab.widgets.challenge": "Challenge link",
 }
 
-# %% ../nbs/api/00_kdlab.ipynb #69147edd
+# %% ../nbs/api/00_kdlab.ipynb #3723bbe6
 _MODULES = """
 adapters
 cache
@@ -87,6 +88,7 @@ schemes
 taps
 tasks
 timing
+transfer
 """.split()
 _WHERE = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULES, *_WHERE]

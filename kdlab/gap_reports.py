@@ -143,11 +143,11 @@ def _row(cells, tag:str="td")->str:
     first, *rest = (escape(str(cell)) for cell in cells)
     return f'<tr><th scope="row">{first}</th>' + "".join(f"<{tag}>{cell}</{tag}>" for cell in rest) + "</tr>"
 
-# %% ../nbs/api/11_gap_reports.ipynb #b93ce71c
+# %% ../nbs/api/11_gap_reports.ipynb #bc94f77d
 def _measures(gap:Gap)->str:
     "The table of all measures."
     table = gap.table()
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    heads = "".join(f'<th scope="col">{escape(name or "measure")}</th>' for name in table.columns)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in gap.notes)
     return (f'<section><h2>Measures</h2><div class="scroll"><table class="measures"><caption>With 95% intervals (latency: quartiles)</caption>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"".join(_row(row) for row in table)}</tbody></table></div>{notes}</section>')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Side', 'Measures', 'Gap', 'gap', 'compare']
 
-# %% ../nbs/api/08_gaps.ipynb #e046cdeb
+# %% ../nbs/api/08_gaps.ipynb #2d41c4ae
 import contextlib
 import dataclasses
 import json
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from . import costs, measures
 from .calling import ask, count, device_of, frozen, move, named_tensors, split
 from .taps import Table, Taps, stages
+from .terms import Answers, Source, is_source
 
 # %% ../nbs/api/08_gaps.ipynb #c34780ff
 def _side(z:Tensor, y:Tensor, wrong:Tensor, dark_T:float)->tuple[dict[str, Tensor], Tensor]:
@@ -120,12 +121,15 @@ def _batches(loader)->Iterable[tuple]: # batches, each with the positions of its
                        **{name: getattr(loader, name) for name in same})
     yield from zip(again, order, strict=True)
 
-# %% ../nbs/api/08_gaps.ipynb #2183fc5d
+# %% ../nbs/api/08_gaps.ipynb #a0a56207
 def _ids(batch, rows, n:int, before:int)->list:
     "Names of the samples of a batch."
     if isinstance(batch, Mapping):
         found = next((batch[k] for k in ("id", "ids", "index") if k in batch), None)
-        if found is not None: return found.tolist() if isinstance(found, Tensor) else list(found)
+        if found is not None:
+            found = found.tolist() if isinstance(found, Tensor) else list(found)
+            if len(found) != n: raise ValueError(f"a batch of {n} samples came with {len(found)} ids: it needs one for each")
+            return found
     return list(rows) if rows is not None and len(rows) == n else list(range(before, before + n))
 
 # %% ../nbs/api/08_gaps.ipynb #c1d2a22f
@@ -138,7 +142,7 @@ def _alike(x:Tensor)->Tensor:
         k = x @ x.mT
         return torch.where(k.trace() > 1e-12 * len(x) * middle.square().sum(), k, 0.) # what is left of a constant is rounding
 
-# %% ../nbs/api/08_gaps.ipynb #99554646
+# %% ../nbs/api/08_gaps.ipynb #981a59fd
 class _Eyes:
     "The layers of a model that are looked at while it runs."
     def __init__(self, model, names, x, forward):
@@ -173,7 +177,7 @@ class _Eyes:
 
     def _read(self, name)->np.ndarray:
         k = self.taps[name]
-        if k.numel(): return k.double().cpu().numpy()
+        if k.numel(): return k.cpu().double().numpy()
         raise ValueError(f"layer {name!r} does not return floating-point features (B, ...) of the {self.n} samples of the batch; "
                          f"kd.layers(model, x) shows what it returns")
 
@@ -240,7 +244,7 @@ def _write(path:Path, arrays:dict)->None:
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/api/08_gaps.ipynb #269b0c9b
+# %% ../nbs/api/08_gaps.ipynb #8264f1e1
 class _Stored(_Data):
     "Saving and loading."
     def save(self, path:str|Path)->Path: # the file
@@ -263,7 +267,8 @@ class _Stored(_Data):
         if fields.pop("format", None) != _FORMAT: raise ValueError(f"{path} is not a gap of kdlab ({_FORMAT!r})")
         sides = {who: {k.partition(".")[2]: fields.pop(k) for k in list(fields) if k.startswith(f"{who}.")}
                  for who in ("student", "teacher")}
-        return cls(**fields, **{who: Side(**side) for who, side in sides.items()})
+        try: return cls(**fields, **{who: Side(**side) for who, side in sides.items()})
+        except TypeError as e: raise ValueError(f"{path} is not whole: {e}") from None
 
 # %% ../nbs/api/08_gaps.ipynb #5d99e637
 class _Measures(_Stored):
@@ -504,11 +509,13 @@ def _flatten(zs, zt, y, x, ids:list)->tuple:
     at = lambda z: z.reshape(-1, z.shape[-1])[rows.to(z.device)]
     return at(zs), at(zt), None if y is None else y.flatten()[rows.to(y.device)], [f"{ids[r // each]}:{r % each}" for r in rows.tolist()]
 
-# %% ../nbs/api/08_gaps.ipynb #44fd74f3
+# %% ../nbs/api/08_gaps.ipynb #2c2f5b10
 class _Watch:
     "Both models on the batches of a loader."
     def __init__(self, student, teacher, layers, forward, passed:_Pass):
-        self.models, self.forward, self.passed = {"student": student, "teacher": teacher}, forward, passed
+        self.models = {"student": student} if is_source(teacher) else {"student": student, "teacher": teacher}
+        self.source = Answers(teacher, device_of(student)) if is_source(teacher) else None
+        self.forward, self.passed = forward, passed
         self.layers, self.eyes, self.first, self.notes = layers, None, None, []
 
     def see(self, batch, rows)->None:
@@ -518,6 +525,7 @@ class _Watch:
         if self.eyes is None: self._open(x, xs)
         shown = {who: self.eyes[who].look(n, lambda: frozen(model, lambda model: ask(model, xs[who], self.forward))())
                  for who, model in self.models.items()}
+        if self.source is not None: shown["teacher"] = self._answer(xs["student"], y, batch), None
         for who, (z, _) in shown.items(): _check_logits(z, who, n)
         (zs, s), (zt, t) = shown["student"], shown["teacher"]
         _check_pair(zs, zt)
@@ -531,18 +539,25 @@ class _Watch:
         self.passed.add(zs, zt, y, ids)
         if s is not None and t is not None: self.passed.cka.add(s, t)
 
+    def _answer(self, x, y, batch)->Tensor:
+        z = self.source(x, None if y is None else y.to(self.source.device), batch).logits
+        if isinstance(z, Tensor): return z
+        raise ValueError("this teacher stores its top classes only, and a gap needs all of them: measure against the teacher itself, or "
+                         "store whole logits")
+
     def _open(self, x, xs):
         self.first, names = x, self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(self.models, self.layers)
+        if self.source is not None: names = {"student": None}
         self.eyes = {who: _Eyes(model, () if names[who] is None else names[who], xs[who], self.forward)
                      for who, model in self.models.items()}
 
     def close(self):
         for eyes in (self.eyes or {}).values(): eyes.close()
 
-# %% ../nbs/api/08_gaps.ipynb #9f1e0096
+# %% ../nbs/api/08_gaps.ipynb #ca401b12
 def gap(
     student:nn.Module, # any module
-    teacher:nn.Module, # any module with the same classes; neither is changed
+    teacher:nn.Module|Source, # any module with the same classes, several teachers, or stored answers; nothing is changed
     loader:Iterable, # batches: (x, y), x alone, or dicts; read once
     *,
     T:float=1.0, # temperature of the fidelity, KL(teacher || student)
@@ -560,7 +575,7 @@ def gap(
     Both run in eval mode and without gradients, each on its own device; modes and random states come back afterwards. Logits may be
     (N, C), or (N, ..., C) with a label each. Without labels there is no accuracy, calibration or class gap, and the notes say so.
     Raises ValueError where models, labels or loader do not fit together, with the shapes and the way out."""
-    if not (isinstance(student, nn.Module) and isinstance(teacher, nn.Module)):
+    if not (isinstance(student, nn.Module) and (isinstance(teacher, nn.Module) or is_source(teacher))):
         raise TypeError(f"kd.gap(student, teacher, loader) takes two modules, got {type(student).__name__}, {type(teacher).__name__}")
     _check_options(T, dark_T, bins)
     if isinstance(layers, Mapping) and set(layers) != {"student", "teacher"}:
@@ -598,15 +613,17 @@ def _costs(watch:_Watch, timed:bool, notes:list)->dict[str, dict]:
         for who in times: out[who]["latency"] = times[who]
     return out
 
-# %% ../nbs/api/08_gaps.ipynb #e2f6b62b
+# %% ../nbs/api/08_gaps.ipynb #7ee8c8ca
 def _cka(watch:_Watch, notes:list)->tuple[np.ndarray|None, dict[str, list[str]]]:
     "CKA and the names of the layers."
     names = {who: eyes.names for who, eyes in watch.eyes.items()}
     notes += [f"left out of CKA in the {who}: {why}" for who, eyes in watch.eyes.items() for why in eyes.left_out]
-    if not all(names.values()): return None, dict.fromkeys(names, [])
+    none = {"student": [], "teacher": []}
+    if watch.source is not None: notes.append("layers and costs of the teacher are absent: it is no single module")
+    if not all(names.values()): return None, none
     if watch.passed.cka.samples: return watch.passed.cka.value, names
     notes.append("CKA is absent: it needs batches of 4 samples or more")
-    return None, dict.fromkeys(names, [])
+    return None, none
 
 # %% ../nbs/api/08_gaps.ipynb #a4b9cdc1
 def _label_notes(labels:np.ndarray)->list[str]:
@@ -626,7 +643,7 @@ def _names_of(class_names, classes:int)->list[str]:
     if len(names) != classes: raise ValueError(f"class_names must hold {classes} names, one for each class; got {len(names)}")
     return names
 
-# %% ../nbs/api/08_gaps.ipynb #c744750c
+# %% ../nbs/api/08_gaps.ipynb #071680f7
 def _result(passed:_Pass, about:dict[str, dict], class_names, bins:int, cka, notes:list)->Gap:
     "The gathered rows as a `Gap`; `about` has name, layers and cost of each side."
     rows = {name: np.concatenate(parts) for name, parts in passed.rows.items()}
@@ -646,6 +663,7 @@ def _watched(watch:_Watch, class_names, bins:int, timed:bool)->Gap:
     spent = _costs(watch, timed, notes)
     name = lambda model: getattr(model, "spec", {}).get("net") or type(model).__name__
     about = {who: {"name": name(model), "layers": layers[who], "cost": spent[who]} for who, model in watch.models.items()}
+    if watch.source is not None: about["teacher"] = {"name": watch.source.source.about, "layers": [], "cost": {}}
     return _result(watch.passed, about, class_names, bins, cka, notes)
 
 # %% ../nbs/api/08_gaps.ipynb #3e061239

@@ -30,13 +30,14 @@ class History(Table):
 def _spelled(value)->str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/api/04_logs.ipynb #1b9f785d
+# %% ../nbs/api/04_logs.ipynb #9cbf5860
 def tensorboard(
     folder:str|Path, # where TensorBoard will look
 )->Callable: # for kd.distill(callbacks=[...])
     "A callback that writes the numbers of every epoch for TensorBoard."
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ModuleNotFoundError("kd.tensorboard needs the package tensorboard: pip install tensorboard") from None
+    except ImportError:
+        raise ModuleNotFoundError("kd.tensorboard needs the package tensorboard: pip install tensorboard") from None
     return _Board(folder, SummaryWriter)
 
 class _Board:

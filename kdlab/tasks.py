@@ -44,7 +44,7 @@ class Samples(Dataset):
         "The same inputs without their labels: a transfer set for soft targets alone."
         return Samples(self.x, None, self.ids)
 
-# %% ../nbs/api/05_tasks.ipynb #1df974b4
+# %% ../nbs/api/05_tasks.ipynb #d8940a58
 class WithIds(Dataset):
     "The same samples with rows as dicts: `id`, `x`, and `y` where there are labels."
     def __init__(self, samples: Samples): self.samples = samples
@@ -52,6 +52,11 @@ class WithIds(Dataset):
     def __len__(self): return len(self.samples)
 
     def __getitem__(self, i): return {"id": self.samples.ids[i], **dict(zip(("x", "y"), self.samples[i]))}
+
+    def set_epoch(self, epoch: int):
+        "Passed on to samples that are drawn anew in every epoch."
+        if hasattr(self.samples, "set_epoch"):
+            self.samples.set_epoch(epoch)
 
 # %% ../nbs/api/05_tasks.ipynb #ba4a0a9f
 def loader(

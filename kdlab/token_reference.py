@@ -23,7 +23,7 @@ def lsh(
     z, h = (F.linear(x, directions, bias) for x in (student, teacher))
     return -F.logsigmoid(torch.where(h > 0, z, -z)).mean(-1)
 
-# %% ../nbs/api/03_token_reference.ipynb #26549311
+# %% ../nbs/api/03_token_reference.ipynb #5a09b739
 def _log(p:Tensor)->Tensor:
     "log p, -inf without a gradient at 0."
     none = p <= 0
@@ -53,19 +53,19 @@ def attention_map(
     scores:bool=False, # are they scores, before the softmax?
     heads:str="each", # compare head by head, or the "mean" of the heads
 )->Tensor: # a value a query, (B, queries)
-    "KL between attention distributions (Wang et al. 2020, MiniLM, arXiv:2002.10957, equation 6)."
+    "KL between attention distributions (Wang et al. 2020, MiniLM, arXiv:2002.10957)."
     s, t = (_kept(x, keep, -torch.inf) if scores else _log(_kept(x, keep, 0)) for x in (student, teacher))
     if heads == "mean": s, t = (_log_softmax(x).logsumexp(1, keepdim=True) for x in (s, t))
     return _rows_kl(s, t)
 
-# %% ../nbs/api/03_token_reference.ipynb #b83fda49
+# %% ../nbs/api/03_token_reference.ipynb #438d1fd3
 def token_relation(
     student:Tensor, # queries, keys or values, (B, N, D)
     teacher:Tensor, # the same, (B, N, D')
     keep:Tensor|None=None, # (B, N): which tokens count
     heads:int=1, # relation heads; divides D and D'
 )->Tensor: # a value a token, (B, N)
-    "KL between softmaxes of scaled products of tokens (Wang et al. 2021, MiniLMv2, arXiv:2012.15828, equations 5 to 7)."
+    "KL between softmaxes of scaled products of tokens (Wang et al. 2021, MiniLMv2, arXiv:2012.15828)."
     def scores(x):
         x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
         return _kept(x @ x.transpose(-1, -2) / math.sqrt(x.shape[-1]), keep, -torch.inf)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import kdlab as kd
 from kdlab import costs, measures
 from kdlab.gaps import Gap
+from kdlab.terms import Source
 
 
 class Table(nn.Module):
@@ -426,6 +427,11 @@ def test_ids_of_other_loaders(pair):
     assert measure(zs, zt, loader=DataLoader(TensorDataset(torch.arange(40)), 16, drop_last=True)).n == 32
 
 
+def test_ids_must_fit(pair):
+    with pytest.raises(ValueError, match="a batch of 4 samples came with 3 ids"):
+        measure(*pair, loader=[{"x": torch.arange(4), "ids": ["a", "b", "c"]}])
+
+
 def test_nothing_is_disturbed():
     torch.manual_seed(0)
     student, teacher = Conv(), Conv()
@@ -519,6 +525,26 @@ def test_dense_logits_with_classes_first():
     assert g.n == 120 and g.summary()["accuracy"]["teacher"][0] == pytest.approx(float((net(x).argmax(1) == y).double().mean()))
 
 
+def test_teachers_that_are_no_single_module(tmp_path):
+    "Several teachers and stored answers, as kd.distill takes them."
+    from kdlab.schemes.teachers import Teachers
+    torch.manual_seed(0)
+    student, one, two = Conv(4), Conv(8), Conv(8)
+    several = Teachers([one, two], T=1., **FIRST)
+    g = kd.gap(student, several, images(shuffle=True), **FIRST)
+    with torch.no_grad():
+        x = images().dataset.tensors[0]
+        p = sum(net.eval()(x)[0].double().softmax(-1) for net in (one, two)) / 2
+    np.testing.assert_allclose(g.teacher.confidence, p.max(-1).values[g.ids], rtol=1e-5)
+    assert g.cka is None and any("no single module" in note for note in g.notes) and "parameters" not in g.summary()
+    assert g.teacher.name == several.about and "Gap: Conv against" in repr(g)
+
+    class Few(Source):
+        def answer(self, batch, x, y): return torch.zeros(len(x), 2), torch.zeros(len(x), 2, dtype=torch.long)
+
+    with pytest.raises(ValueError, match="stores its top classes only"): kd.gap(student, Few(), images(), **FIRST)
+
+
 # costs
 
 def test_size_counts_shared_weights_once():
@@ -579,6 +605,9 @@ def test_what_is_no_gap_is_refused(pair, tmp_path):
     for name in ("text", "other", "pickle"):
         with pytest.raises(ValueError, match="gap"): Gap.load(tmp_path / f"{name}.npz")
     good = measure(*pair).save(tmp_path / "good.npz").read_bytes()
+    fields = dict(np.load(tmp_path / "good.npz"))
+    np.savez(tmp_path / "less.npz", **{k: v for k, v in fields.items() if k != "kl"})
+    with pytest.raises(ValueError, match="less.npz is not whole.*kl"): Gap.load(tmp_path / "less.npz")
     (tmp_path / "half.npz").write_bytes(good[:len(good) // 2])
     with pytest.raises(ValueError, match="cannot be read as a gap"): Gap.load(tmp_path / "half.npz")
 

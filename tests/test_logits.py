@@ -679,3 +679,25 @@ def test_teacher_free_needs_no_teacher():
     torch.testing.assert_close((0.9 * kd.CrossEntropy() + 0.1 * loss)(S, None, Y), 0.9 * kd.CrossEntropy()(S, None, Y) + 0.1 * want)
     torch.testing.assert_close(f.teacher_free(S, None, Y, T=5.0, correct=0.9, t_squared=False), want / 25)
     assert abs(f.teacher_free(S, None, Y) - f.teacher_free(S, None, Y, correct=0.9)) > 0.01
+
+
+# labels that are missing
+
+LABELLED = [kd.NKD(T=2), kd.DKD(T=2), kd.DifficultyWeighted(kd.SoftKL()), kd.ConfidenceWeighted(kd.SoftKL(), "label"),
+            kd.Standardized(kd.NKD())]
+
+
+@pytest.mark.parametrize("loss", LABELLED, ids=lambda m: type(m).__name__)
+def test_rows_without_a_label_count_in_no_term_of_a_loss_that_needs_them(loss):
+    from kdlab.terms import Seen, weigh
+    assert loss.needs_labels and not kd.SoftKL().needs_labels and not kd.ConfidenceWeighted(kd.SoftKL()).needs_labels
+    valid = Y != -100
+    value, grad = value_and_grad(lambda x: loss(x, Z, Y), S)
+    torch.testing.assert_close(value, loss(S[valid], Z[valid], Y[valid]))
+    assert grad[~valid].eq(0).all() and loss(S, Z, torch.full((7,), -100)) == 0
+    soft = kd.ReverseKL()  # needs no labels: in a run it counts every row
+    got, worth = weigh(2 * loss + soft + kd.CrossEntropy(), Seen(S, {}), Seen(Z, {}), Y)
+    torch.testing.assert_close(got, 2 * loss(S, Z, Y) + soft(S, Z) + f.cross_entropy(S, Y))
+    assert len(worth) == 3
+    got, worth = weigh(2 * loss + soft, Seen(S, {}), Seen(Z, {}), None)  # no label at all
+    torch.testing.assert_close(got, soft(S, Z))

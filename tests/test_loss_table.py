@@ -1,8 +1,11 @@
 """The table of losses in the docs is what the code does, and the index of papers names every loss."""
+import copy
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kdlab as kd
 from kdlab import ops
@@ -52,3 +55,25 @@ def test_papers_and_differences_are_read_from_docstrings(script):
     assert script.papers("Hinton, Vinyals, Dean 2015 (arXiv:1503.02531)") == {"1503.02531": "Hinton, Vinyals, Dean 2015"}
     assert script.difference(text) == "The paper sums; we do not."
     assert "authors' code multiplies by it" in script.difference(script.documents(kd.DIST))
+
+
+def test_every_loss_copies_pickles_moves_and_has_a_state(script):
+    tried = 0
+    for cls in script.classes():
+        try: loss = script.made(cls)
+        except TypeError: continue
+        fitting = script.fits(loss)
+        if fitting is None: continue
+        name, s, t = fitting
+        loss = script.ready(loss, s, t)
+        if cls is kd.RowWeighted: loss.by = None  # a lambda of the script does not pickle
+        target = (script.LABELS,) if name == "logits" else ()
+        objective = 2 * loss
+        for twin in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+            assert repr(twin) == repr(objective), cls
+            twin.load_state_dict(objective.state_dict())
+            if cls in (kd.RowWeighted, kd.MGD): continue
+            assert torch.equal(twin(s, t, *target), copy.deepcopy(objective)(s, t, *target)), cls
+        assert all(x.is_meta for x in [*copy.deepcopy(objective).to("meta").parameters(), *copy.deepcopy(objective).to("meta").buffers()])
+        tried += 1
+    assert tried > 50

@@ -379,7 +379,7 @@ def test_cover_of_ordered_classes():
     follows(view, "example", 2)
     assert [c["name"] for c in view.panel.controls] == ["example", "start"]
     p = softmax(z[2])
-    assert np.allclose(np.array(view.fig.data[0].y) * 16 / 6, p, atol=1e-4)
+    assert np.allclose(view.fig.data[0].y, p, atol=1e-4)
     space = dict(logits=z.tolist())
     exec(view.code(), space)
     assert f"forward KL ends at mean {space['ends']['forward'][0]:.1f}" in view.panel.text

@@ -23,7 +23,8 @@ CHANGES = [  # a control, and a value that it does not have at birth
     ("clinic", "case", 3), ("clinic", "seed", 2), ("clinic", "loss", True), ("clinic", "gradient", True),
     ("clinic", "teacher", True), ("clinic", "buffers", True), ("clinic", "guess", 4),
     ("distillery", "data", "rings"), ("distillery", "noise", 0.3), ("distillery", "labels", 10),
-    ("distillery", "T", 1.0), ("distillery", "unlabelled", 10), ("distillery", "width", 4), ("distillery", "teacher_width", 4),
+    ("distillery", "T", 1.0), ("distillery", "unlabelled", 10), ("distillery", "width", 4),
+    ("distillery", "teacher_width", 4),
     ("distillery", "seed", 3), ("distillery", "step", 30),
 ]
 

@@ -515,6 +515,29 @@ def test_losses_bound_to_layers_train_a_student():
     assert not any(torch.equal(v, before[k]) for k, v in objective.state_dict().items() if "margin" not in k)
 
 
+class Attention(nn.Module):
+    "A self-attention whose queries, keys, values and map can be tapped."
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.k, self.v, self.map = nn.Linear(4, width), nn.Linear(4, width), nn.Linear(4, width), nn.Softmax(-1)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        heads = lambda x: x.unflatten(-1, (2, -1)).transpose(1, 2)
+        q, k, v = (heads(layer(x)) for layer in (self.q, self.k, self.v))
+        return self.head((self.map(q @ k.transpose(-1, -2)) @ v).transpose(1, 2).flatten(2).mean(1))
+
+
+def test_a_transformer_learns_the_relations_of_another():
+    torch.manual_seed(0)
+    student, teacher, x = Attention(8), Attention(12), torch.randn(16, 5, 4)
+    losses = (kd.AttentionMap().on("map") + kd.TokenRelation(heads=2).on(["q", "k", "v"]) + kd.LSH(planes=64, project="auto").on("v")
+              + kd.Cosine(project="auto").on("q") + kd.Fourier(project="auto").on("k"))
+    run = kd.distill(student, teacher, [(x, torch.zeros(16).long())], epochs=30, lr=0.02, losses=losses, progress=False)
+    first, last = (run.history[i]["terms"] for i in (0, -1))
+    assert len(first) == 7 and all(last[name] < 0.8 * first[name] for name in first)
+
+
 # bad input
 
 @pytest.mark.parametrize("call, error, words", [

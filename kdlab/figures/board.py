@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['board_numbers', 'check_map', 'nearest', 'board_figure', 'board_sentence']
 
-# %% ../../nbs/api/figures/11_board.ipynb #03713e0b
+# %% ../../nbs/api/figures/11_board.ipynb #8ad7dd94
 import numpy as np
 import plotly.graph_objects as go
 
 from .balance import hard_gradient, soft_gradient
-from .kit import (HATCH, INK, check_index, class_axis, interval, layout, log_softmax, ranking, seed_band,
+from .kit import (HATCH, INK, are_long, check_index, class_axis, interval, layout, log_softmax, ranking, seed_band,
                                series)
 
 # %% ../../nbs/api/figures/11_board.ipynb #ed754e84
@@ -128,7 +128,7 @@ def _right(scores, alphas, temperatures):
         xaxis4=dict(domain=[0.54, 1], anchor="y4", title_text="temperature T", **ticks),
         yaxis4=dict(domain=[0, 0.28], anchor="x4", range=[low - gap, high + gap], title_text="accuracy, %", nticks=5))
 
-# %% ../../nbs/api/figures/11_board.ipynb #8f2e256d
+# %% ../../nbs/api/figures/11_board.ipynb #5f657d5c
 def board_figure(
     now:dict,  # from `board_numbers`
     label:int,
@@ -157,8 +157,9 @@ def board_figure(
         titles |= {f"Students' accuracy, {len(scores)} seeds": (0.54, 1.02),
                    f"At alpha = {alphas[a]:g} (dotted: {alphas[-1]:g})": (0.54, 0.295)}
     legend = dict(x=parts["xaxis"]["domain"][1], xanchor="right", y=0, yanchor="bottom", orientation="h", font_size=14)
-    return go.Figure(traces, layout(620, titles, barmode="relative", bargap=0.3, showlegend=True, legend=legend,
-                                    **parts))
+    foot = 100 if are_long([names[k] for k in shown]) else 60
+    return go.Figure(traces, layout(560 + foot, titles, barmode="relative", bargap=0.3, showlegend=True, legend=legend,
+                                    margin=dict(l=68, r=16, t=40, b=foot), **parts))
 
 # %% ../../nbs/api/figures/11_board.ipynb #11206016
 def board_sentence(now:dict, scores=None, alphas=None, temperatures=None) -> str:

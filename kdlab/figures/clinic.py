@@ -61,7 +61,7 @@ def deal(
     "Which bug each case has."
     return np.random.RandomState(seed).permutation(n)
 
-# %% ../../nbs/api/figures/21_clinic.ipynb #3ff7ba61
+# %% ../../nbs/api/figures/21_clinic.ipynb #98f10207
 def squash(
     v,  # any numbers
 ) -> np.ndarray:
@@ -70,8 +70,8 @@ def squash(
 
 
 _TICKS = [-100, -10, -1, -0.1, 0, 0.1, 1, 10, 100, 1000]
-_PANELS = [(STUDENT, "Student's accuracy, %"), (LOSS, "Loss"), (GRADIENT, "Gradient norm"),
-           (TEACHER, "Teacher's accuracy, %"), (BUFFERS, "Drift of its buffers")]
+_PANELS = [(STUDENT, "Student, % right"), (LOSS, "Loss"), (GRADIENT, "Gradient norm"), (TEACHER, "Teacher, % right"),
+           (BUFFERS, "Teacher's buffers")]
 
 
 def _shown(values, symptom):
@@ -123,7 +123,7 @@ def _axis(runs, symptom):
     places = [float(squash(t)) for t in ticks]
     return dict(range=[low - 0.3, high + 0.3], tickvals=places, ticktext=[f"{t:g}" for t in ticks])
 
-# %% ../../nbs/api/figures/21_clinic.ipynb #53dc3d27
+# %% ../../nbs/api/figures/21_clinic.ipynb #1cc287b4
 def clinic_figure(
     runs,  # (S, B, K, 5): seeds, bugs (the first is none), steps, symptoms
     steps,  # (K,) optimizer steps
@@ -136,7 +136,9 @@ def clinic_figure(
 ) -> go.Figure:
     "Charts of a mystery run beside the right one, as far as they were ordered, and the points so far."
     runs, titles, axes, traces = np.asarray(runs, dtype=np.float64), {}, {}, []
-    ticks = dict(range=[-0.3, len(steps) - 0.7], tickvals=list(range(len(steps))), ticktext=[str(s) for s in steps])
+    last = len(steps) - 1
+    said = [str(s) if k == last or k % 2 == 0 and k < last - 1 else "" for k, s in enumerate(steps)]  # room for each
+    ticks = dict(range=[-0.3, last + 0.3], tickvals=list(range(last + 1)), ticktext=said, tickangle=0)
     for k, (symptom, name) in enumerate(_PANELS):
         x, y = 0.355 * (k % 3), 0.57 if k < 3 else 0.0
         traces += _chart(runs, symptom, bug, seed, k + 1, symptom in open_charts)
@@ -153,7 +155,7 @@ def clinic_figure(
     return go.Figure(traces, layout(600, titles, margin=dict(l=60, r=16, t=72, b=60), bargap=0.3, showlegend=True,
                                     legend=legend, **axes))
 
-# %% ../../nbs/api/figures/21_clinic.ipynb #4dfc1ef4
+# %% ../../nbs/api/figures/21_clinic.ipynb #fed60ac4
 def _said(runs, bug, seed, symptom):
     "One chart in words."
     case, right = runs[seed, bug, :, symptom], runs[seed, 0, :, symptom]
@@ -163,7 +165,7 @@ def _said(runs, bug, seed, symptom):
     if symptom == BUFFERS:
         return f"the teacher's buffers move by {case[-1]:.2g} ({right[-1]:.2g})"
     what = "loss goes" if symptom == LOSS else "gradient norm goes"
-    return f"the {what} from {case[0]:.3g} to {case[-1]:.2g} ({right[0]:.3g} to {right[-1]:.2g})"
+    return f"the {what} from {case[0]:.3g} to {case[-1]:.3g} ({right[0]:.3g} to {right[-1]:.3g})"
 
 
 def clinic_sentence(

@@ -147,7 +147,7 @@ def _paths(now, start):
                         marker=dict(color=look["color"], size=(11 * dots[:-1]).tolist())))
     return out
 
-# %% ../../nbs/api/figures/14_cover.ipynb #948e0b2f
+# %% ../../nbs/api/figures/14_cover.ipynb #6db5fb88
 def cover_figure(
     now:dict,  # from `cover_numbers`
     start:int=0,  # which of the starts is shown strongly
@@ -156,24 +156,26 @@ def cover_figure(
     "The teacher with both students, and the paths of their means from every start."
     x, step = now["x"], now["x"][1] - now["x"][0]
     mass = np.flatnonzero(now["log_p"] > now["log_p"].max() - 9)
-    edge = x[[mass[0], mass[-1]]] + np.array([-1, 1]) * 0.02 * (x[-1] - x[0])
-    edge = [min(edge[0], min(now["starts"])), max(edge[1], max(now["starts"]))]
+    edge = x[[mass[0], mass[-1]]]
+    room = 0.04 * (edge[1] - edge[0])
+    edge = [min(edge[0] - room, min(now["starts"])), max(edge[1] + room, max(now["starts"]))]
     top = max(np.exp(now["log_p"]).max(), *(now[k]["q"][start].max() for k in LOSSES)) / step
     axis = dict(title_text="", range=edge) | (ticks or {})
-    path = dict(title_text="mean", range=edge, nticks=5) | (ticks or {})
+    path = dict(title_text="" if ticks else "mean", range=edge, nticks=5) | (ticks or {})
+    left = 0.7 if ticks else 0.64
     steps = dict(type="log", range=[-0.04, np.log10(STEPS + 1)], tickvals=[1, 3, 10, 30, 100])
     parts = dict(
         xaxis=dict(domain=[0, 0.52]) | axis, yaxis=dict(domain=[0, 1], range=[0, 1.12 * top], title_text="density"),
-        xaxis2=dict(domain=[0.64, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.57, 1], anchor="x2", **path),
-        xaxis3=dict(domain=[0.64, 1], anchor="y3", title_text="step", **steps),
+        xaxis2=dict(domain=[left, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.57, 1], anchor="x2", **path),
+        xaxis3=dict(domain=[left, 1], anchor="y3", title_text="step", **steps),
         yaxis3=dict(domain=[0, 0.43], anchor="x3", **path))
-    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (0.64, 1.02),
-              "Reverse KL": (0.64, 0.45)}
-    legend = dict(x=0.52, xanchor="right", y=1, yanchor="top", font_size=15)
+    titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (left, 1.02),
+              "Reverse KL": (left, 0.45)}
+    legend = dict(orientation="h", x=0, y=-0.09, yanchor="top", font_size=15)
     return go.Figure([*_densities(now, start), *_paths(now, start)],
                      layout(500, titles, showlegend=True, legend=legend, **parts))
 
-# %% ../../nbs/api/figures/14_cover.ipynb #2cd67b71
+# %% ../../nbs/api/figures/14_cover.ipynb #6d1f7534
 def cover_sentence(now:dict, start:int=0) -> str:
     "What the figure shows, in one sentence."
     say, start = [], check_index(start, len(now["starts"]), "start")
@@ -183,4 +185,4 @@ def cover_sentence(now:dict, start:int=0) -> str:
         say.append(f"{name} KL ends at mean {end['mu'][-1, start]:.1f}, width {end['sigma'][-1, start]:.1f}, loss "
                    f"{end['ends'][name][start]:.2f}, and {stray:.0f}% of its mass where the teacher has little "
                    f"({len(now['starts'])} starts, {n} end{'' if n == 1 else 's'})")
-    return f"From {now['starts'][start]:g}, " + "; ".join(say) + "."
+    return f"From {now['starts'][start]:.3g}, " + "; ".join(say) + "."

@@ -100,21 +100,25 @@ def behind(
     rows = np.flatnonzero(now["y"] == row)
     return rows[np.argsort(-now["p"][rows, col], kind="stable")][:SHOWN].tolist()
 
-# %% ../../nbs/api/figures/10_dark.ipynb #7cda0510
+# %% ../../nbs/api/figures/10_dark.ipynb #0912a1dc
 _SCALE = [[0, "#f0f0f0"], [0.35, "#8CC6EC"], [0.7, "#0072B2"], [1, "#00263d"]]
 
 
 def _map(share, order, names):
     "The matrix as a heat map; the diagonal stays empty."
     percent = 100 * share[np.ix_(order, order)]
-    say = [[None if np.isnan(v) else round(float(v), 1) for v in row] for row in percent]
+    say = [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in percent]
+    top = 60 if len(share) <= 20 or np.isnan(percent).all() else float(np.nanmax(percent))
     words = [["" if v is None or len(order) > 12 else f"{v:.0f}" for v in row] for row in say]
-    hover = [[f"of a true {names[i]}: {0 if v is None else v:.1f}% to {names[k]}" for k, v in zip(order, row)]
+    hover = [[f"of a true {names[i]}: {0 if v is None else v:.2g}% to {names[k]}" for k, v in zip(order, row)]
              for i, row in zip(order, say)]
-    return dict(type="heatmap", z=say, zmin=0, zmax=60, colorscale=_SCALE, showscale=False, text=words, xgap=1, ygap=1,
+    return dict(type="heatmap", z=say, zmin=0, zmax=top, colorscale=_SCALE, showscale=False, text=words, xgap=1, ygap=1,
                 texttemplate="%{text}", textfont=dict(size=14), hovertext=hover, hoverinfo="text", hoverongaps=False)
 
-# %% ../../nbs/api/figures/10_dark.ipynb #a0f2ec68
+# %% ../../nbs/api/figures/10_dark.ipynb #0c5998df
+def _short(p): return f"{p:.2f}" if p >= 0.01 else f"{p:.1g}"
+
+
 def _wall(now, rows, col, images, ids):
     "The pictures behind the cell in a grid, and under each what the teacher gives."
     h, w = (4, 8) if images is None else images.shape[1:]
@@ -125,12 +129,12 @@ def _wall(now, rows, col, images, ids):
         y, x = k // COLUMNS * high, k % COLUMNS * wide
         wall[y:y + h, x:x + w] = (images[i] - lo) / max(hi - lo, 1e-12)
     said = dict(type="scatter", mode="text", xaxis="x3", yaxis="y3", hoverinfo="skip", cliponaxis=False,
-                text=[f"<b>{now['p'][i, col]:.2f}</b> #{ids[i]}" for i in rows], textposition="bottom center",
+                text=[f"<b>{_short(now['p'][i, col])}</b> #{ids[i]}" for i in rows], textposition="bottom center",
                 textfont=dict(size=14, color=INK), x=[k % COLUMNS * wide + (w - 1) / 2 for k in range(len(rows))],
                 y=[k // COLUMNS * high + h - 0.3 for k in range(len(rows))])
     return [grey_image(wall, 0, 1, xaxis="x3", yaxis="y3"), said]
 
-# %% ../../nbs/api/figures/10_dark.ipynb #4730f75a
+# %% ../../nbs/api/figures/10_dark.ipynb #6145bb2b
 def _axes(order, names, wall, floor):
     short = [n if len(n) < 12 else n[:10] + "…" for n in (names[k] for k in order)]
     ticks = dict(range=[-0.5, len(order) - 0.5], tickvals=list(range(len(order))), ticktext=short, showgrid=False)
@@ -139,14 +143,14 @@ def _axes(order, names, wall, floor):
     h, w = wall
     return dict(
         xaxis=dict(domain=[0, 0.47], title_text="" if are_long(names) else "gets probability", **ticks, **turn),
-        yaxis=dict(domain=[0, 0.76], title_text="true class") | ticks | dict(range=[len(order) - 0.5, -0.5]),
+        yaxis=dict(domain=[0, 0.76], title_text="" if are_long(names) else "true class") | ticks | dict(range=[len(order) - 0.5, -0.5]),
         yaxis2=dict(domain=[0.79, 1], anchor="x", range=[floor, 1.01], nticks=3, showgrid=False, title_text="distance"),
         xaxis3=dict(domain=[0.55, 1], anchor="y3", range=[-0.5, w - 0.5], constrain="domain",
                     constraintoward="left", **hidden),
         yaxis3=dict(domain=[0, 0.93], anchor="x3", range=[h - 0.5, -0.5], scaleanchor="x3", constrain="domain",
                     constraintoward="top", **hidden))
 
-# %% ../../nbs/api/figures/10_dark.ipynb #090382c2
+# %% ../../nbs/api/figures/10_dark.ipynb #8b4f32f0
 def dark_order(
     now:dict,  # from `dark_matrix`
     cluster:bool=True,  # order the classes by the tree
@@ -182,10 +186,14 @@ def dark_figure(
     titles = {f"Where the wrong probability goes ({many})": (0, 1.01),
               f"True {names[row]}: probability given to {names[col]}": (0.55, 1.01)}
     parts = _axes(order, names, np.shape(wall[0]["z"]), 0.4 if merges[:, 2].min() > 0.45 else 0)
+    foot = dict(l=120, r=16, t=40, b=100) if are_long(names) else dict(l=88, r=16, t=40, b=80)
     return go.Figure([_map(now["share"], order, names), tree, *wall],
-                     layout(600, titles, shapes=mark, margin=dict(l=88, r=16, t=40, b=80), **parts))
+                     layout(520 + foot["b"], titles, shapes=mark, margin=foot, **parts))
 
-# %% ../../nbs/api/figures/10_dark.ipynb #2fa95593
+# %% ../../nbs/api/figures/10_dark.ipynb #4470e446
+def _percent(share): return f"{100 * share:.0f}" if share >= 0.01 else f"{100 * share:.1g}"
+
+
 def dark_sentence(now:dict, cluster:bool=True, row:int=0, col:int=1, class_names=None) -> str:
     "What the figure shows, in one sentence."
     names = [str(k) for k in range(len(now["mean"]))] if class_names is None else class_names
@@ -194,7 +202,7 @@ def dark_sentence(now:dict, cluster:bool=True, row:int=0, col:int=1, class_names
     here = now["share"][row, col]
     say = (f"no example is a {names[row]}" if not (now["y"] == row).any() else
            f"{names[row]} keeps {now['mean'][row, row]:.3f} for itself" if row == col else
-           f"a true {names[row]} gives {now['wrong'][row]:.2g} to wrong classes, {100 * here:.0f}% of it to "
+           f"a true {names[row]} gives {_short(now['wrong'][row])} to wrong classes, {_percent(here)}% of it to "
            f"{names[col]}")
     order = "ordered by the tree" if cluster else "in their own order"
     return f"At T = {now['T']:.4g} {say}; most alike are {names[a]} and {names[b]}. Classes {order}."

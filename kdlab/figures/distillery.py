@@ -286,7 +286,7 @@ def _curves(race, names):
                        marker=dict(color=series(k)["color"], symbol=series(k)["symbol"], size=12))
                   for k, name in enumerate(names)]
 
-# %% ../../nbs/api/figures/22_distillery.ipynb #e2236c6d
+# %% ../../nbs/api/figures/22_distillery.ipynb #7be411d4
 def race_figure(
     race:Race,
     class_names:list[str] | None=None,
@@ -296,18 +296,19 @@ def race_figure(
     (x, y), rows = world["pool"], race.rows
     names = [f"class {k}" for k in range(c)] if class_names is None else list(class_names)
     traces = [_heat(net, c, k + 1) for k, net in enumerate((world["teacher"], hard, distilled))]
-    traces += [_dots(*world["train"], 1, 6), _dots(x[rows], y[rows], 2, 14), _asked(x[race.more], distilled.targets[len(rows):], 3),
-               _dots(x[rows], y[rows], 3, 14), *_curves(race, names)]
+    asked = _asked(x[race.more], distilled.targets[len(rows):], 3)
+    traces += [_dots(*world["train"], 1, 6), _dots(x[rows], y[rows], 2, 14), asked, _dots(x[rows], y[rows], 3, 14),
+               *_curves(race, names)]
     free = dict(range=[-REACH, REACH], showgrid=False, showticklabels=False, ticks="", mirror=True, constrain="domain")
     axes = {}
     for k in range(3):
         axes[f"xaxis{k + 1}"] = dict(domain=[0.345 * k, 0.345 * k + 0.31], anchor=f"y{k + 1}", **free)
-        axes[f"yaxis{k + 1}"] = dict(domain=[0.44, 1], anchor=f"x{k + 1}", scaleanchor=f"x{k + 1}", **free)
+        axes[f"yaxis{k + 1}"] = dict(domain=[0.44, 1], anchor=f"x{k + 1}", scaleanchor=f"x{k + 1}",
+                                     constraintoward="top", **free)
     axes |= dict(xaxis4=dict(domain=[0, 0.655], anchor="y4", range=[-5, STUDENT_STEPS + 5], title_text="steps"),
                  yaxis4=dict(domain=[0, 0.32], anchor="x4", range=[0, 104], title_text="right, %", nticks=5))
     titles = {"Teacher": (0, 1.01), f"Student of {len(rows)} labels": (0.345, 1.01),
-              f"Student of the teacher: {len(rows)} + {len(race.more)}": (0.69, 1.01),
-              "Accuracy on new points": (0, 0.33)}
+              "Student of the teacher": (0.69, 1.01), "Accuracy on new points": (0, 0.33)}
     legend = dict(x=0.69, y=0.32, yanchor="top", font_size=15)
     return go.Figure(traces, layout(660, titles, margin=dict(l=60, r=16, t=40, b=60), legend=legend, showlegend=True,
                                     **axes))

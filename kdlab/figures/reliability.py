@@ -6,13 +6,13 @@
 __all__ = ['T_RANGE', 'T_GRID', 'MISTAKES', 'log_loss', 'best_T', 'bin_edges', 'bin_of', 'ece_range', 'halves',
            'reliability_numbers', 'temperature_curves', 'reliability_figure', 'reliability_sentence']
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #b752843d
+# %% ../../nbs/api/figures/20_reliability.ipynb #08b01612
 from functools import cache
 
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, grey_image, layout, series, softmax
+from .kit import HATCH, INK, are_long, grey_image, layout, series, softmax
 
 # %% ../../nbs/api/figures/20_reliability.ipynb #de348242
 T_RANGE = 0.05, 20.0
@@ -184,7 +184,7 @@ def _temperature(now, curves, T):
     return [*out, dict(dot, y=[loss], xaxis="x3", yaxis="y3"),
             dict(dot, y=[at], xaxis="x4", yaxis="y4", error_y=spread)]
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #fcad35a3
+# %% ../../nbs/api/figures/20_reliability.ipynb #af1da010
 MISTAKES = 8
 
 
@@ -193,7 +193,8 @@ def _mistakes(now, labels, images, names):
     rows = np.flatnonzero(~now["right"])
     rows = rows[np.argsort(-now["sure"][rows], kind="stable")][:MISTAKES]
     short = lambda name: name if len(name) < 10 else name[:8] + "…"
-    words = [f"says <b>{short(names[now['says'][i]])}</b> ({now['sure'][i]:.2f})<br>is {short(names[labels[i]])}"
+    gap = "<br>" if are_long(names) else " "
+    words = [f"says <b>{short(names[now['says'][i]])}</b>{gap}({now['sure'][i]:.2f})<br>is {short(names[labels[i]])}"
              for i in rows]
     h, w = (0, 8) if images is None else images.shape[1:]
     text = dict(type="scatter", mode="text", x=[1.5 * w * (k + 0.5) - 0.5 for k in range(len(rows))], y=[h] * len(rows),
@@ -228,7 +229,7 @@ def _axes(curves, size, low, width):
         yaxis5=dict(domain=[0, size], anchor="x5", scaleanchor="x5", constrain="domain", constraintoward="top",
                     **hidden))
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #8fd32a51
+# %% ../../nbs/api/figures/20_reliability.ipynb #65facbfe
 def _rule(T, axis):
     "An upright line at the best temperature."
     return dict(type="line", xref=f"x{axis}", yref=f"y{axis} domain", x0=T, x1=T, y0=0, y1=1,
@@ -254,7 +255,7 @@ def reliability_figure(
     low, width = size + 0.2, 1.5 * w * MISTAKES
     axes = _axes(curves, size, low, width)
     axes["yaxis5"]["range"] = [1.6 * h - 0.5, -0.5] if h else [2, 0]
-    titles = {"What happens where it says so": (0, 1.015), "Log loss (dashed: chooses T)": (0.58, 1.015),
+    titles = {"What happens where it says so": (0, 1.015), "Log loss (dashed: to choose T)": (0.58, 1.015),
               "ECE (upright: the best T)": (0.58, low + 0.435 * (1 - low)),
               "The most confident mistakes": (0, size + 0.01)}
     best = float(np.clip(curves["best"], 0.25, 4))

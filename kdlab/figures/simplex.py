@@ -75,7 +75,7 @@ def walk(
         z = z - RATE * logit_gradient(name, p, q)
     return np.array(out)
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #74187a81
+# %% ../../nbs/api/figures/13_simplex.ipynb #80b1eaf0
 LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
@@ -100,7 +100,7 @@ def weights(
 def level_lines(
     name:str,
     p,  # (3,)
-    rays:int=90,
+    rays:int=150,
 ) -> tuple[np.ndarray, np.ndarray]:  # (levels, rays + 3, 3), (levels, rays + 3)
     "Points of the line of each of `LEVELS`, and which of them lie on the edge of the triangle."
     centre = np.eye(3)[0] if name == "cross-entropy" else np.asarray(p, dtype=np.float64)
@@ -122,13 +122,13 @@ def level_lines(
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return np.where(on_edge[..., None], at(np.tile(edge, (len(LEVELS), 1))), at(low)), on_edge
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #17204709
+# %% ../../nbs/api/figures/13_simplex.ipynb #f201fdcb
 def _landscape(name, p):
     "Nested level lines; the loss stands at the top of each that closes inside."
     lines, on_edge = level_lines(name, p)
     spots, out = [], []
     for level, line, edge in zip(LEVELS, lines, on_edge):
-        xy = plane(np.concatenate([line, line[:1]])).round(4)
+        xy = plane(np.concatenate([line, line[:1]])).round(3)
         out.append(dict(type="scatter", mode="lines", x=xy[:, 0].tolist(), y=xy[:, 1].tolist(), fill="toself",
                         fillcolor=fade(INK, 0.12), line=dict(color=INK, width=1), hoverinfo="skip", showlegend=False))
         inside = np.flatnonzero(~edge)

@@ -43,9 +43,9 @@ def split_numbers(
     return dict(kd=target_part + rest * others_part, target=target_part, others=others_part, rest=rest,
                 two=np.exp([two_t, two_s]), hats=np.exp([others_t, others_s]))
 
-# %% ../../nbs/api/figures/12_split.ipynb #49c42173
-SURE = 1 - np.geomspace(0.9, 1e-4, 49)
-"The teacher's confidences at which the curves are drawn, from 0.1 to 0.9999."
+# %% ../../nbs/api/figures/12_split.ipynb #1c008c01
+SURE = 1 - np.geomspace(0.999, 1e-4, 60)
+"The teacher's confidences at which the curves are drawn, from 0.001 to 0.9999."
 
 
 def shares(
@@ -77,7 +77,7 @@ def _bars(two, hats, names, target):
                             marker=dict(color=series(i)["color"], pattern=dict(shape=shape, **HATCH))))
     return out, labels
 
-# %% ../../nbs/api/figures/12_split.ipynb #93904681
+# %% ../../nbs/api/figures/12_split.ipynb #3e58b3ab
 def _stacks(parts):
     "The parts of KD and DKD as shares of the whole; their values in nats stand inside."
     out = []
@@ -96,23 +96,25 @@ def _curves(now, alpha, beta):
     at, (log_q, log_rest) = -np.log10(1 - SURE), np.log(now["two"][1])
     here = -np.log10(now["rest"])
     target = np.array([_kl(np.log([c, 1 - c]), np.array([log_q, log_rest])) for c in SURE])
-    out = []
+    out, both = [], shares(now, alpha, beta)
+    close = abs(both["KD"]["share"] - both["DKD"]["share"]) < 15  # one word for both points
     for name, first, second, i in (("KD", target, (1 - SURE) * now["others"], 0),
                                    ("DKD", alpha * target, np.full(len(SURE), beta * now["others"]), 5)):
         whole, look = first + second, series(i)
         y = np.divide(100 * second, whole, out=np.zeros_like(whole), where=whole > 0)
-        value = shares(now, alpha, beta)[name]["share"]
+        value = both[name]["share"]
+        word = name if not close else "KD, DKD" if name == "DKD" else ""
         out += [dict(type="scatter", mode="lines", name=name, x=at.tolist(), y=y.tolist(), xaxis="x4", yaxis="y4",
                      line=dict(color=look["color"], width=3, dash="solid" if name == "KD" else "dash"),
                      showlegend=False, hovertemplate=f"{name}: %{{y:.0f}}%<extra></extra>"),
                 dict(type="scatter", mode="markers+text", x=[here], y=[value], xaxis="x4", yaxis="y4", hoverinfo="skip",
-                     showlegend=False, cliponaxis=False, text=[f"<b>{name}</b>"], textfont=dict(size=15, color=INK),
+                     showlegend=False, cliponaxis=False, text=[f"<b>{word}</b>"], textfont=dict(size=15, color=INK),
                      textposition="bottom center" if value > 50 else "top center",
                      marker=dict(color=look["color"], size=14, line=dict(color="white", width=2)))]
     return out
 
-# %% ../../nbs/api/figures/12_split.ipynb #828177d8
-def _axes(labels):
+# %% ../../nbs/api/figures/12_split.ipynb #2008bbbc
+def _axes(labels, high):
     two, others = labels
     short = [n if len(n) < 12 else n[:10] + "…" for n in others]
     ticks = dict(tickvals=list(range(len(others))), ticktext=short, tickangle=-40 if are_long(others) else 0)
@@ -121,7 +123,7 @@ def _axes(labels):
         xaxis=dict(domain=[0, 0.17], tickvals=[0, 1], ticktext=two, range=[-0.5, 1.5], tickangle=0),
         yaxis=dict(domain=[0.6, 1], range=[0, 1.05], title_text="probability", nticks=5),
         xaxis2=dict(domain=[0.27, 1], anchor="y2", range=[-0.5, len(others) - 0.5], **ticks),
-        yaxis2=dict(domain=[0.6, 1], anchor="x2", range=[0, 1.05], nticks=5),
+        yaxis2=dict(domain=[0.6, 1], anchor="x2", range=[0, high], nticks=5),
         xaxis3=dict(domain=[0.03, 0.47], anchor="y3", range=[0, 100], title_text="% of the loss (nats inside)"),
         yaxis3=dict(domain=[0, 0.36], anchor="x3", range=[1.5, -0.5], tickvals=[0, 1], ticktext=["KD", "DKD"],
                     showgrid=False),
@@ -142,11 +144,12 @@ def split_figure(
     names = [str(k) for k in range(n)] if class_names is None else list(class_names)
     check_index(target, n, "target")
     bars, labels = _bars(now["two"], now["hats"], names, target)
+    high = 1.05 if n <= 20 else 1.3 * now["hats"].max()
     titles = {f"Is it {names[target]}?": (0, 1.02), "If not, which other?": (0.27, 1.02),
               "What the loss is made of": (0.03, 0.375), "Share of \"which other\"": (0.6, 0.375)}
     legend = dict(x=1, xanchor="right", y=1, yanchor="top", orientation="h", font_size=15)
     return go.Figure([*bars, *_stacks(shares(now, alpha, beta)), *_curves(now, alpha, beta)],
-                     layout(600, titles, barmode="stack", showlegend=True, legend=legend, **_axes(labels)))
+                     layout(600, titles, barmode="stack", showlegend=True, legend=legend, **_axes(labels, high)))
 
 # %% ../../nbs/api/figures/12_split.ipynb #9785e50f
 def split_sentence(now:dict, alpha:float=1.0, beta:float=8.0, T:float=4.0) -> str:

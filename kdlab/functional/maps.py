@@ -43,7 +43,7 @@ def _checked(loss:str, student, teacher, mask, reduction:str, backend:str, dims:
     if same: check_same_shape(loss, student, teacher)
     check_mask(loss, mask, student, tokens=False)
 
-# %% ../../nbs/api/functional/07_maps.ipynb #79a6484f
+# %% ../../nbs/api/functional/07_maps.ipynb #fb42ba4b
 def nst(
     student:Tensor, # feature maps, (B, C, H, W)
     teacher:Tensor, # (B, C', H', W'); the larger map is averaged down to the smaller
@@ -57,13 +57,13 @@ def nst(
     """Squared maximum mean discrepancy between the channels of student and teacher: neuron selectivity transfer.
 
     With channels x_i of length 1 over space and k(x, y) = (x·y)²: L = mean k(s_i, s_j) + mean k(t_i, t_j) - 2 mean k(s_i, t_j).
-    Huang & Wang 2017 (arXiv:1707.01219), with their polynomial kernel. The paper weighs it with λ/2, λ = 50; a widely used
-    version averages the larger map down (the paper resizes the teacher's), and so do we. Usual weight: 25 to 50.
+    Huang & Wang 2017 (arXiv:1707.01219), with their polynomial kernel. The paper weighs it with λ/2, λ = 50. Like a widely
+    used version, we average the larger map down. Usual weight: 25 to 50.
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     _checked("nst", student, teacher, mask, reduction, backend, (4,), same=False)
     return by_sample(reference.stable_nst, student, teacher, mask, reduction, detach_teacher)
 
-# %% ../../nbs/api/functional/07_maps.ipynb #e3cd6553
+# %% ../../nbs/api/functional/07_maps.ipynb #88866987
 def ickd(
     student:Tensor, # feature maps, (B, C, H, W)
     teacher:Tensor, # (B, C, H', W'); height and width may differ
@@ -77,8 +77,8 @@ def ickd(
     """Mean square between the row-normalised Gram matrices of the channels: inter-channel correlation.
 
     G = X Xᵀ for the map as (C, pixels), rows of length 1; L = mean (G_s - G_t)². Liu et al. 2021 (arXiv:2202.03680). The
-    paper divides the squared length by C²; the authors' code normalises the rows (which the equation does not) and divides
-    by C. We normalise the rows and take the mean over all C² entries: their weight 2.5 is 2.5 / C here.
+    authors' code normalises the rows and divides by C. We normalise the rows and take the mean over all C² entries, which
+    is their value over C: their weight 2.5 is 2.5 C here.
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     _checked("ickd", student, teacher, mask, reduction, backend, (4,), same=False)
     check_same_shape("ickd", student[..., :1, :1], teacher[..., :1, :1])

@@ -11,12 +11,12 @@ from ..functional.contract import check_weight
 from .logits import LogitLoss
 from .objective import Number, Part, check_temperature, live, shown
 
-# %% ../../nbs/api/losses/11_decoupled.ipynb #607fd40f
+# %% ../../nbs/api/losses/11_decoupled.ipynb #3c47da45
 class DKD(LogitLoss):
     """Decoupled KD: T² * (alpha * TCKD + beta * NCKD); see `kdlab.functional.dkd`.
 
     It needs labels: called as `(student, teacher, target)`."""
-    term, function = "dkd", staticmethod(decoupled.dkd)
+    term, function, needs_labels = "dkd", staticmethod(decoupled.dkd), True
     T = Number()
 
     def __init__(self,

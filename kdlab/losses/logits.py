@@ -43,12 +43,12 @@ class LogitLoss(Loss):
             rows = self.function(student, teacher, target, labels=labels, mask=mask, reduction="none", **self.options())
         return {self.term: Part(1., rows)}
 
-# %% ../../nbs/api/losses/10_logits.ipynb #11ba6489
+# %% ../../nbs/api/losses/10_logits.ipynb #48624a2e
 class NKD(LogitLoss):
     """Normalised KD: the label's term, plus gamma · T² · that of the other classes; see `kdlab.functional.nkd`.
 
     It needs labels: called as `(student, teacher, target)`."""
-    term, function = "nkd", staticmethod(functions.nkd)
+    term, function, needs_labels = "nkd", staticmethod(functions.nkd), True
     T = Number()
 
     def __init__(self,
@@ -167,7 +167,7 @@ class TeacherFree(LogitLoss):
         square = f"{T:g}²·" if self.t_squared and T != 1 else ""
         return f"{square}KL(virtual teacher at T={T:g} ‖ softmax(student/{T:g}))"
 
-# %% ../../nbs/api/losses/10_logits.ipynb #dafe1deb
+# %% ../../nbs/api/losses/10_logits.ipynb #f4babecb
 class _Around(Loss):
     "A soft loss on logits with something done first."
     def __init__(self,
@@ -182,6 +182,7 @@ class _Around(Loss):
                                  f"{inner!r}; add that one outside: {name}(...) + {type(inner).__name__}()")
         self.loss = loss
 
+    needs_labels = property(lambda self: any(inner.needs_labels for _, inner in self.loss.terms()))
     dim = property(lambda self: self.loss.terms()[0][1].dim)
     term = property(lambda self: self.loss.terms()[0][1].term)
     reduction = property(lambda self: self.loss.terms()[0][1].reduction)
@@ -259,10 +260,11 @@ def _row_weights(loss:RowWeighted, student, teacher, target, mask)->Tensor:
     mean = own.sum() / (max(1, w.numel()) if valid is None else valid.sum().clamp(min=1))
     return w / mean.where(mean > 0, 1)
 
-# %% ../../nbs/api/losses/10_logits.ipynb #c4c56290
+# %% ../../nbs/api/losses/10_logits.ipynb #905b9641
 class ConfidenceWeighted(RowWeighted):
     "A loss that trusts the teacher where it is sure; see `kdlab.functional.confidence_weight`."
     written = "rows weighted by the teacher's confidence, {}"
+    needs_labels = property(lambda self: self.by == "label" or _Around.needs_labels.fget(self))
     T = Number()
 
     def __init__(self,
@@ -284,12 +286,12 @@ class ConfidenceWeighted(RowWeighted):
 
     def extra_repr(self): return f"by={self.by}, T={shown(self.T):g}"
 
-# %% ../../nbs/api/losses/10_logits.ipynb #b378b93d
+# %% ../../nbs/api/losses/10_logits.ipynb #fc8ac9bc
 class DifficultyWeighted(RowWeighted):
     """A loss that works where the student lags behind its teacher; see `kdlab.functional.difficulty_weight`.
 
     It needs labels. Zhou et al. 2021: `2.5 * DifficultyWeighted(SoftCrossEntropy(T=2))`."""
-    written = "rows weighted by 1 - exp(-CE_s/CE_t), {}"
+    written, needs_labels = "rows weighted by 1 - exp(-CE_s/CE_t), {}", True
 
     def __init__(self,
         loss:Loss, # a soft loss on rows of logits, or a weighted sum of such

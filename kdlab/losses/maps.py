@@ -58,9 +58,9 @@ class FactorTransfer(ProjectedMapLoss):
         "The loss as it is written on paper."
         return "mean |u_s/|u_s| - u_t/|u_t||, u = mean over channels of x²"
 
-# %% ../../nbs/api/losses/07_maps.ipynb #ea33963b
+# %% ../../nbs/api/losses/07_maps.ipynb #86149da7
 class ICKD(ProjectedMapLoss):
-    "Mean square between Gram matrices of channels; see `kdlab.functional.ickd`. The authors' weight is 2.5 times the channels."
+    "Mean square between Gram matrices of channels; see `kdlab.functional.ickd`. A usual weight is 2.5 times the channels."
     term, function = "ickd", staticmethod(maps.ickd)
 
     def equation(self)->str:

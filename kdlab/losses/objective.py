@@ -18,7 +18,7 @@ from ..functional import contract
 from ..functional.contract import check_backend, check_reduction, pick_target
 from ..functional.divergences import question
 
-# %% ../../nbs/api/losses/01_objective.ipynb #acb7b7b6
+# %% ../../nbs/api/losses/01_objective.ipynb #ac14980c
 def moves(x)->bool:
     "Is it a schedule, or a number that follows one? A schedule is a function that is no module."
     return isinstance(x, Moving) or callable(x) and not isinstance(x, (nn.Module, type, Tensor))
@@ -44,7 +44,8 @@ class Moving(float):
         return Moving(self.schedule, progress, self.factor)
 
     def __mul__(self, other):
-        if isinstance(other, Moving): return Moving(_Product(self.schedule, other.schedule), self.progress, self.factor * other.factor)
+        if isinstance(other, Moving):
+            return Moving(_Product(self.schedule, other.schedule), self.progress, self.factor * other.factor)
         if not isinstance(other, (int, float)): return NotImplemented
         return Moving(self.schedule, self.progress, self.factor * other)
 
@@ -196,10 +197,11 @@ class Part(NamedTuple):
     weight: float # its weight
     rows: Tensor # its unweighted value for each row, detached; 0 where a row does not count
 
-# %% ../../nbs/api/losses/01_objective.ipynb #d2cc3800
+# %% ../../nbs/api/losses/01_objective.ipynb #b500a5a7
 class Loss(_Bindable):
     "A loss on `(student, teacher, target)`; `*`, `/`, `+`, `-` and `sum` build an `Objective`."
     role = "soft" # soft: from the teacher; hard: from labels; feature: between layers; self: from the student alone
+    needs_labels = False # does its comparison with the teacher need labels? Rows without one then count in no term of it
     def terms(self)->list[tuple[float, "Loss"]]:
         "The single losses inside, each with its weight."
         return [(1., self)]
@@ -383,12 +385,13 @@ def _part_names(parts:dict[str, Part], taken:dict)->dict[str, Part]:
     count = lambda name: sum(k.split("#")[0] == name for k in taken)
     return {f"{name}#{count(name) + 1}" if count(name) else name: values for name, values in parts.items()}
 
-# %% ../../nbs/api/losses/01_objective.ipynb #cd4a0a90
+# %% ../../nbs/api/losses/01_objective.ipynb #96bc0c82
 def _written(terms, spell)->str:
     "0.1·A + 0.9·B"
-    sizes = [(Moving(w.schedule, w.progress, abs(w.factor)), w.factor) if isinstance(w, Moving) else (abs(w), w) for w, _ in terms]
-    times = ["" if shown(size) == 1 else f"{shown(size):g}·" for size, _ in sizes]
-    text = "".join(f" {'-' if sign < 0 else '+'} {size}{spell(loss)}" for size, (_, sign), (_, loss) in zip(times, sizes, terms))
+    sign = lambda w: "-" if getattr(w, "factor", w) < 0 else "+"
+    size = lambda w: Moving(w.schedule, w.progress, abs(w.factor)) if isinstance(w, Moving) else abs(w)
+    times = lambda w: "" if shown(size(w)) == 1 else f"{shown(size(w)):g}·"
+    text = "".join(f" {sign(w)} {times(w)}{spell(loss)}" for w, loss in terms)
     return text[3:] if text.startswith(" +") else "-" + text[3:]
 
 def _equation(loss:Loss)->str:

@@ -169,16 +169,16 @@ class VID(_Shown):
         "The loss as it is written on paper."
         return "mean ½((t - μ(s))²/σ² + log σ²)"
 
-# %% ../../nbs/api/losses/09_trained.ipynb #149e1992
+# %% ../../nbs/api/losses/09_trained.ipynb #43a8cf6a
 class MGD(_Shown):
     """Masked generative distillation: from a part of the student's map, restore the teacher's.
 
     L = mean (G(A(s) · m) - t)², where A aligns the channels (a 1x1 convolution, where they differ), m erases a share
     of the pixels (or of the channels) at random, anew in every call, and G is two 3x3 convolutions with a ReLU
     between. Maps (B, C, H, W) of equal height and width. Yang et al. 2022 (arXiv:2205.01529). The authors sum over
-    entries, divide by the batch and weigh with 2e-5 or 7e-5; they erase 65% of the pixels for detection and
-    segmentation, 15% of the channels for classification. We take the mean over all entries. Called as `(student,
-    teacher, target=None, *, mask)`; the random numbers are torch's."""
+    entries, divide by the batch and weigh with 2e-5 or 7e-5; they erase 65% of the pixels for detection,
+    15% of the channels for classification. We take the mean over all entries.
+    Called as `(student, teacher, target=None, *, mask)`; the random numbers are torch's."""
     term = "mgd"
 
     def __init__(self,

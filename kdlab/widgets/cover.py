@@ -13,17 +13,17 @@ from ..figures import kit as figures
 from ..figures.cover import GRID, STARTS, STEPS, cover_figure, cover_numbers, cover_sentence, two_peaks
 from .kit import KDWidget
 
-# %% ../../nbs/api/widgets/14_cover.ipynb #9dffcd52
+# %% ../../nbs/api/widgets/14_cover.ipynb #394d7433
 _TEACHER = """x = np.linspace(-16, 16, 201)
 p = {weight} * np.exp(-(x + {half}) ** 2 / 2) + (1 - {weight}) * np.exp(-(x - {half}) ** 2 / 2)"""
 _OWN = """z = np.asarray(logits, dtype=float)[{example}]    # the (N, C) array that was given to CoveringOrSeeking
-x, p = np.linspace(-8, 8, len(z)), np.exp(z - z.max())"""
+x, p = np.arange(len(z)), np.exp(z - z.max())"""
 _CODE = """import numpy as np
 
 {teacher}
 p, ends = p / p.sum(), {{}}
 for loss in ("forward", "reverse"):
-    mu, log_sigma = {start}, 0.0
+    mu, log_sigma = {start}, np.log({width})
     for step in range({steps}):
         sigma = np.exp(log_sigma)
         q = np.exp(-((x - mu) / sigma) ** 2 / 2) + 1e-300
@@ -37,12 +37,12 @@ for loss in ("forward", "reverse"):
     ends[loss] = mu, np.exp(log_sigma)            # mean and width of the student
 """
 
-# %% ../../nbs/api/widgets/14_cover.ipynb #1fc7635f
+# %% ../../nbs/api/widgets/14_cover.ipynb #7d5dd573
 class _Fit(KDWidget):
     "The state, and both descents, which are kept until the teacher changes."
     separation, weight = Float(6.0).tag(kd=True), Float(0.6).tag(kd=True)
     example, start = Int(0).tag(kd=True), Int(5).tag(kd=True)
-    logits = ticks = _now = None
+    logits, ticks, starts, width, _now = None, None, STARTS, 1.0, None
 
     _controls = [figures.slider("separation", "Distance of the peaks", [float(d) for d in range(11)]),
                  figures.slider("weight", "Mass of the left peak", [round(0.1 * k, 1) for k in range(1, 10)]),
@@ -52,15 +52,14 @@ class _Fit(KDWidget):
         "Both descents from every start."
         teacher = separation, weight, example
         if self._now is None or self._now[0] != teacher:
-            if self.logits is None:
-                log_p, x = two_peaks(separation, weight), GRID
-            else:
+            log_p, x = two_peaks(separation, weight), GRID
+            if self.logits is not None:
                 log_p = figures.log_softmax(self.logits[figures.check_index(example, len(self.logits), "example")])
-                x = np.linspace(-8, 8, len(log_p))
-            self._now = teacher, cover_numbers(log_p, x)
+                x = np.arange(len(log_p))
+            self._now = teacher, cover_numbers(log_p, x, self.starts, self.width)
         return self._now[1]
 
-# %% ../../nbs/api/widgets/14_cover.ipynb #0dd8ba1a
+# %% ../../nbs/api/widgets/14_cover.ipynb #bbc2a8dc
 class CoveringOrSeeking(_Fit):
     "A Gaussian student of a teacher with two peaks, fitted by forward and by reverse KL from several starts."
     title = "Covering or seeking"
@@ -77,8 +76,10 @@ class CoveringOrSeeking(_Fit):
             self.logits = figures.check_logits(logits)
             n, c = self.logits.shape
             names, shown = figures.check_names(class_names, c), np.linspace(0, c - 1, min(c, 9)).round().astype(int)
-            self.ticks = dict(tickvals=np.linspace(-8, 8, c)[shown].tolist(), ticktext=[names[k] for k in shown])
-            self._controls = [figures.slider("example", "Example", range(n)), self._controls[-1]]
+            self.ticks = dict(tickvals=shown.tolist(), ticktext=[names[k] for k in shown])
+            self.starts, self.width = tuple((np.linspace(0.1, 0.9, len(STARTS)) * (c - 1)).round(2).tolist()), (c - 1) / 16
+            start = figures.slider("start", "Student starts at", range(len(STARTS)), [f"{s:.3g}" for s in self.starts])
+            self._controls = [figures.slider("example", "Example", range(n)), start]
             self.page_controls = ("example", "start")
         super().__init__(hide)
 
@@ -94,4 +95,4 @@ class CoveringOrSeeking(_Fit):
         "Lines of Python that follow both losses from the chosen start."
         teacher = _TEACHER if self.logits is None else _OWN
         teacher = teacher.format(weight=self.weight, half=self.separation / 2, example=self.example)
-        return _CODE.format(teacher=teacher, start=STARTS[self.start], steps=STEPS)
+        return _CODE.format(teacher=teacher, start=self.starts[self.start], width=self.width, steps=STEPS)

@@ -61,7 +61,7 @@ class Exhibit(NamedTuple):
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #0f8f509f
+# %% ../../nbs/api/widgets/50_gallery.ipynb #10905899
 _FIRST = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
@@ -113,7 +113,8 @@ _FIRST = (
     Exhibit("reliability", "Reliability", "Is the student calibrated?",
             "It is right in 94 of 100 cases. When it says 99%, may you believe it? Can a temperature after training change "
             "its accuracy?",
-            "One number, found on other examples, repairs most of what is wrong with the confidence and changes no answer."),
+            "One number, found on other examples, changes no answer, lowers the log loss, and brings the calibration error down to "
+            "about what chance makes of so few examples."),
     Exhibit("distillery", "Distillery", "What does a student with few labels gain from a teacher, and from which points?",
             "Set the points without label to 0: how much of the gain is left? Then give them back and set T to 1.",
             "Here the gain is coverage: the teacher labels the points that nobody labelled, and its softness adds nothing that "
