@@ -1,5 +1,5 @@
-// Soft KL and cross-entropy of rows with few classes: lanes are rows, so nothing is summed across lanes. Everything
-// stays in the first-level cache, and the close form serves every row. Included once per instruction set.
+// Softened divergences and cross-entropy of rows with few classes: lanes are rows, so nothing is summed across lanes.
+// Everything stays in the first-level cache, and the careful form serves every row. Included once per instruction set.
 namespace KDLAB_ISA {
 
 constexpr int64_t widest_narrow = 40;
@@ -17,6 +17,109 @@ public:
         part = V{};
     }
     V total() const { return sum + part; }
+};
+
+// A divergence of as many rows as there are lanes, columns first
+template <int kKind, class V>
+struct NarrowFamily {
+    static constexpr bool kForward = kKind == KDLAB_FORWARD_KL || kKind == KDLAB_SOFT_CROSS_ENTROPY;
+    typedef Real<V> R;
+    static constexpr int L = lanes<V>;
+
+    const Job& job;
+    const int cols;
+    const Temperature<V>& temperature;
+    R *s, *t, *es, *et;
+
+    // The divergence of each lane; leaves T times its gradient in es.
+    KDLAB_OUT_OF_LINE V divergence(V max_s, V max_t) const {
+        const V low = all<V>(-INFINITY), zero = V{};
+        LaneSum<V> sum_s, sum_t, others_t, mass;
+        V excludes_more = V{}, top_count = V{}, t_at_top = V{};
+        for (int i = 0; i < cols * L; i += L) {
+            V a = load(s + i), b = load(t + i), e, f;
+            if (kForward) {
+                e = softened_exp(a - max_s, temperature);
+                f = softened_exp(b - max_t, temperature);
+            } else {
+                e = careful_exp(a, max_s, temperature);
+                f = careful_exp(b, max_t, temperature);
+            }
+            store(es + i, e);
+            store(et + i, f);
+            sum_s.add(e);
+            sum_t.add(f);
+            t_at_top = a < max_s ? t_at_top : b;
+            if (kKind == KDLAB_SOFT_CROSS_ENTROPY) {
+                others_t.add(b < max_t ? f : zero);
+                top_count = b < max_t ? top_count : top_count + Real<V>(1);
+            }
+            V out = kKind == KDLAB_REVERSE_KL ? b : a, in = kKind == KDLAB_REVERSE_KL ? a : b;
+            V is_low = out > low ? V{} : all<V>(1);
+            excludes_more = in > low ? max(excludes_more, is_low) : excludes_more;
+        }
+        const V zs = sum_s.total(), zt = sum_t.total();
+        const Difference<V> c(max_s, max_t);
+        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, R(1) / zt, V{}};
+        for (int i = 0; i < cols * L; i += L)
+            mass.add(close_mass(load(s + i), load(t + i), load(es + i), load(et + i), k));
+        const V m = mass.total();
+        k.lambda = abs(m) < R(0.5) ? log1p_of(m) : log_of(zs * k.pt);
+        const V spoiled = zs + zt;                          // NaN then
+        V value;
+        if constexpr (kForward) value = forward(k);
+        else value = family(k, Difference<V>(max_s, t_at_top), spoiled * R(0), excludes_more);
+        if (kKind == KDLAB_SOFT_CROSS_ENTROPY) value = value + entropy(max_t, k, others_t.total() + (top_count - R(1)));
+        constexpr bool unbounded = kForward || kKind == KDLAB_REVERSE_KL;
+        return unbounded && excludes_more > zero && spoiled == spoiled ? all<V>(INFINITY) : value;
+    }
+
+    V forward(const Close<V>& k) const {
+        LaneSum<V> value;
+        for (int i = 0; i < cols * L; i += L) {
+            CloseTerms<V> terms = close_terms(load(s + i), load(t + i), load(es + i), load(et + i), k);
+            value.add(terms.value);
+            store(es + i, terms.gradient);
+        }
+        return value.total();
+    }
+
+    // Of the teacher, from the sum of its exponentials but one of the largest
+    V entropy(V max_t, const Close<V>& k, V others) const {
+        LaneSum<V> sum;
+        for (int i = 0; i < cols * L; i += L)
+            sum.add(load(et + i) * k.pt * (max(temperature.floor, load(t + i) - max_t) * k.inverse_T));
+        return log1p_of(others) - sum.total();
+    }
+
+    // Slopes are taken relative to that of the student's likeliest class, because next to it the others are small where
+    // it has nearly all the mass.
+    V family(const Close<V>& k, const Difference<V>& at_the_top, V spoil, V excludes_more) const {
+        const Mix<V> mix(job.mix);
+        const V zero = V{};
+        const Close<V> to_top = {at_the_top.difference, at_the_top.error, k.inverse_T, V{}, V{}, V{}, V{}};
+        LaneSum<V> value, mean;
+        V top = all<V>(-1), at_top = V{}, overlap = V{};
+        for (int i = 0; i < cols * L; i += L) overlap = overlap + min(load(es + i) * k.ps, load(et + i) * k.pt);
+        for (int i = 0; i < cols * L; i += L) {
+            V q = load(es + i) * k.ps, p = load(et + i) * k.pt;
+            const Pair<V> both = compare<kKind>(p, q, k.w(load(s + i), load(t + i)) - k.lambda);
+            const Share<V> share = share_of<kKind>(both, mix);
+            V slope = share.slope;
+            if constexpr (is_mixture(kKind)) slope = overlap < R(0.4) ? slope_apart<kKind>(both, mix) : slope;
+            if constexpr (kKind == KDLAB_REVERSE_KL) slope = q > zero ? to_top.w(load(s + i), load(t + i)) : zero;
+            value.add(share.value);
+            store(es + i, q);
+            store(et + i, slope);
+            at_top = q > top ? slope : at_top;
+            top = max(q, top);
+        }
+        for (int i = 0; i < cols * L; i += L) mean.add(load(es + i) * (load(et + i) - at_top));
+        V from = mean.total() + spoil;
+        if (kKind == KDLAB_REVERSE_KL) from = excludes_more > zero ? all<V>(NAN) : from;
+        for (int i = 0; i < cols * L; i += L) store(es + i, load(es + i) * ((load(et + i) - at_top) - from));
+        return value.total() + spoil;
+    }
 };
 
 template <bool kKL, bool kCE, class E>
@@ -72,36 +175,20 @@ class NarrowRows {
         return m;
     }
 
-    // KL of each lane; leaves p_s - p_t in es.
+    // The divergence of each lane; leaves T times its gradient in es.
     V divergence(V max_s, V max_t) const {
-        const V low = all<V>(-INFINITY);
-        LaneSum<V> sum_s, sum_t, mass, kl;
-        V excludes_more = V{};
-        for (int i = 0; i < cols * L; i += L) {
-            V a = load(s + i), b = load(t + i);
-            V e = softened_exp(a - max_s, temperature), f = softened_exp(b - max_t, temperature);
-            store(es + i, e);
-            store(et + i, f);
-            sum_s.add(e);
-            sum_t.add(f);
-            V is_low = a > low ? V{} : all<V>(1);
-            excludes_more = b > low ? max(excludes_more, is_low) : excludes_more;
+        switch (job.kind) {
+            case KDLAB_REVERSE_KL: return of<KDLAB_REVERSE_KL>(max_s, max_t);
+            case KDLAB_JSD: return of<KDLAB_JSD>(max_s, max_t);
+            case KDLAB_SKEW_KL: return of<KDLAB_SKEW_KL>(max_s, max_t);
+            case KDLAB_SKEW_REVERSE_KL: return of<KDLAB_SKEW_REVERSE_KL>(max_s, max_t);
+            case KDLAB_TOTAL_VARIATION: return of<KDLAB_TOTAL_VARIATION>(max_s, max_t);
+            case KDLAB_SOFT_CROSS_ENTROPY: return of<KDLAB_SOFT_CROSS_ENTROPY>(max_s, max_t);
+            default: return of<KDLAB_FORWARD_KL>(max_s, max_t);
         }
-        const V zs = sum_s.total(), zt = sum_t.total();
-        const Difference<V> c(max_s, max_t);
-        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, R(1) / zt, V{}};
-        for (int i = 0; i < cols * L; i += L)
-            mass.add(close_mass(load(s + i), load(t + i), load(es + i), load(et + i), k));
-        const V m = mass.total();
-        k.lambda = abs(m) < R(0.5) ? log1p_of(m) : log_of(zs * k.pt);
-        for (int i = 0; i < cols * L; i += L) {
-            CloseTerms<V> terms = close_terms(load(s + i), load(t + i), load(es + i), load(et + i), k);
-            kl.add(terms.value);
-            store(es + i, terms.gradient);
-        }
-        V spoiled = zs + zt;                                // NaN then
-        return excludes_more > all<V>(0) && spoiled == spoiled ? all<V>(INFINITY) : kl.total();
     }
+    template <int kKind>
+    V of(V max_s, V max_t) const { return NarrowFamily<kKind, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t); }
 
     // CE of each lane; leaves h / Z_h - [class = y] in h.
     V hard_label(V max_s, V y) const {

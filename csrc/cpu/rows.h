@@ -6,6 +6,12 @@
 #include "../kdlab.h"
 #include "../kdlab_features.h"
 
+#if defined(__GNUC__)
+#define KDLAB_OUT_OF_LINE __attribute__((noinline))      // for what is large and called once a row
+#else
+#define KDLAB_OUT_OF_LINE
+#endif
+
 namespace kdlab {
 
 struct bf16 { uint16_t bits; };

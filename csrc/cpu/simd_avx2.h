@@ -32,6 +32,8 @@ inline double max_of(F64 x) {
 inline float max_of(F32 x) { return static_cast<float>(max_of(_mm256_max_pd(low_half(x), high_half(x)))); }
 
 template <class V> constexpr bool has_quick_exp2 = false;
+template <class V> constexpr bool has_quick_log2 = false;
+template <class V> constexpr bool has_quick_inverse = false;
 inline F32 power_of_2(F32 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 inline F64 power_of_2(F64 x) { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52)); }
 

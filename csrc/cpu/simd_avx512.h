@@ -26,17 +26,55 @@ inline double max_of(F64 x) { return _mm512_reduce_max_pd(x); }
 inline F32 power_of_2(F32 x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 inline F64 power_of_2(F64 x) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52)); }
 
-// 2^(x k), quicker than exp2_of and as good while x k is below 4: the polynomial (minimax, relative error 8e-8) takes
-// what of y = x k + 1/2 is below the point, the exponent what is above. -inf gives 0.
+// 2^(x k), quicker than exp2_of and as good while x k is below 4: the polynomial (minimax, relative error 8e-8, or 5e-9
+// where finer) takes what of y = x k + 1/2, or x k, is below the point, the exponent what is above. -inf gives 0.
 template <class V> constexpr bool has_quick_exp2 = sizeof(V) / sizeof(V{}[0]) == 16;
-inline F32 quick_exp2(F32 x, F32 k) {
-    F32 y = fma(x, k, _mm512_set1_ps(0.5f)), f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    F32 p = fma(_mm512_set1_ps(1.327647245e-3f), f, _mm512_set1_ps(6.356423255e-3f));
-    p = fma(p, f, _mm512_set1_ps(3.947516903e-2f));
-    p = fma(p, f, _mm512_set1_ps(1.698142439e-1f));
-    p = fma(p, f, _mm512_set1_ps(4.901332259e-1f));
-    p = fma(p, f, _mm512_set1_ps(7.071067095e-1f));
+inline F32 quick_exp2(F32 x, F32 k, bool finer) {
+    F32 y = fma(x, k, _mm512_set1_ps(finer ? 0.0f : 0.5f));
+    F32 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    F32 p;
+    if (finer) {
+        p = fma(_mm512_set1_ps(0.000215659718f), f, _mm512_set1_ps(0.00124822895f));
+        p = fma(p, f, _mm512_set1_ps(0.00967377517f));
+        p = fma(p, f, _mm512_set1_ps(0.0554861836f));
+        p = fma(p, f, _mm512_set1_ps(0.240229085f));
+        p = fma(p, f, _mm512_set1_ps(0.693147063f));
+        p = fma(p, f, _mm512_set1_ps(1.0f));
+    } else {
+        p = fma(_mm512_set1_ps(1.327647245e-3f), f, _mm512_set1_ps(6.356423255e-3f));
+        p = fma(p, f, _mm512_set1_ps(3.947516903e-2f));
+        p = fma(p, f, _mm512_set1_ps(1.698142439e-1f));
+        p = fma(p, f, _mm512_set1_ps(4.901332259e-1f));
+        p = fma(p, f, _mm512_set1_ps(7.071067095e-1f));
+    }
     return _mm512_scalef_ps(p, y);
+}
+
+// log2 x for normal positive x, without a division: absolute error 1e-7 times the larger of 1 and |log2 x|. The first four
+// binary digits of the mantissa choose a number whose inverse and logarithm are in the tables. The logarithms are multiples of
+// 2^-18 (to 1e-9), so that they and e add up without rounding; a polynomial takes the rest.
+template <class V> constexpr bool has_quick_log2 = sizeof(V) / sizeof(V{}[0]) == 16;
+inline F32 quick_log2(F32 x) {
+    const F32 inverse = _mm512_setr_ps(
+        0.969967902f, 0.914459229f, 0.865077436f, 0.82030344f, 0.780413747f, 0.744427621f, 0.710888028f, 0.680925131f,
+        0.652797937f, 0.627492905f, 0.603949189f, 0.581714749f, 0.561356187f, 0.542654872f, 0.524311721f, 0.508181095f);
+    const F32 logarithm = _mm512_setr_ps(
+        0.0439910889f, 0.129009247f, 0.209098816f, 0.285770416f, 0.357688904f, 0.425796509f, 0.492305756f, 0.554431915f,
+        0.615291595f, 0.672328949f, 0.727500916f, 0.781616211f, 0.833011627f, 0.881893158f, 0.931503296f, 0.976585388f);
+    const __m512i place = _mm512_srli_epi32(_mm512_castps_si512(x), 19);            // its last four binary digits count
+    const F32 e = _mm512_getexp_ps(x), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const F32 whole = _mm512_add_ps(e, _mm512_permutexvar_ps(place, logarithm));
+    const F32 r = fma(m, _mm512_permutexvar_ps(place, inverse), _mm512_set1_ps(-1.0f));
+    F32 p = fma(_mm512_set1_ps(-0.360674676f), r, _mm512_set1_ps(0.481228992f));
+    p = fma(p, r, _mm512_set1_ps(-0.721347606f));
+    p = fma(p, r, _mm512_set1_ps(1.44269497f));
+    return fma(p, r, whole);
+}
+// 1 / x with a relative error of 2^-23
+template <class V> constexpr bool has_quick_inverse = sizeof(V) / sizeof(V{}[0]) == 16;
+inline F32 quick_inverse(F32 x) {
+    const F32 y = _mm512_rcp14_ps(x);
+    return fma(y, fma(_mm512_xor_ps(y, _mm512_set1_ps(-0.0f)), x, _mm512_set1_ps(1.0f)), y);
 }
 
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }

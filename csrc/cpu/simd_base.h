@@ -49,8 +49,11 @@ inline double max_of(F64 v) {
     return x[0];
 }
 
-// Is there quick_exp2(x, k), which is 2^(x k) where x k is below 4?
+// Is there quick_exp2(x, k, finer), which is 2^(x k) where x k is below 4?
 template <class V> constexpr bool has_quick_exp2 = false;
+// Are there quick_log2(x) and quick_inverse(x), for normal positive x?
+template <class V> constexpr bool has_quick_log2 = false;
+template <class V> constexpr bool has_quick_inverse = false;
 // 2^n from n + exponent bias in the low bits of x (see exp2_of); 0 for n = -127 (float) or -1023 (double)
 inline F32 power_of_2(F32 x) {
     I32 i;

@@ -1,17 +1,29 @@
-// The entry of the softened KL: dtype and terms to the right loop. Included once per instruction set.
+// The entry of the softened divergences: dtype and terms to the right loop. Included once per instruction set.
 namespace KDLAB_ISA {
 
-template <bool kKL, bool kCE, class E>
-void soft_kl_rows(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.cols <= widest_narrow) NarrowRows<kKL, kCE, E>(job, scratch).run(begin, end);
-    else WideRows<kKL, kCE, E>(job, end, scratch).run(begin);
+template <int kSweep, class E>
+void wide_rows(const Job& job, int64_t begin, int64_t end, void* scratch) {
+    if (job.ce) WideRows<kSweep, true, E>(job, end, scratch).run(begin);
+    else WideRows<kSweep, false, E>(job, end, scratch).run(begin);
 }
 
 template <class E>
 void soft_kl_as(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.kl && job.ce) soft_kl_rows<true, true, E>(job, begin, end, scratch);
-    else if (job.kl) soft_kl_rows<true, false, E>(job, begin, end, scratch);
-    else soft_kl_rows<false, true, E>(job, begin, end, scratch);
+    if (job.cols <= widest_narrow) {
+        if (job.kl && job.ce) NarrowRows<true, true, E>(job, scratch).run(begin, end);
+        else if (job.kl) NarrowRows<true, false, E>(job, scratch).run(begin, end);
+        else NarrowRows<false, true, E>(job, scratch).run(begin, end);
+    } else if (!job.kl) {
+        WideRows<only_cross_entropy, true, E>(job, end, scratch).run(begin);
+    } else {
+        switch (job.kind) {
+            case KDLAB_REVERSE_KL: return wide_rows<KDLAB_REVERSE_KL, E>(job, begin, end, scratch);
+            case KDLAB_SOFT_CROSS_ENTROPY: return wide_rows<KDLAB_SOFT_CROSS_ENTROPY, E>(job, begin, end, scratch);
+            case KDLAB_JSD: case KDLAB_SKEW_KL: case KDLAB_SKEW_REVERSE_KL:
+                return wide_rows<KDLAB_JSD, E>(job, begin, end, scratch);
+            default: return wide_rows<KDLAB_FORWARD_KL, E>(job, begin, end, scratch);
+        }
+    }
 }
 
 inline void soft_kl(const Job& job, int64_t begin, int64_t end, void* scratch) {

@@ -1,4 +1,4 @@
-// The equations of the softened forward KL and of cross-entropy, for one vector of elements. The loops around them are
+// The equations of the softened divergences and of cross-entropy, for one vector of elements. The loops around them are
 // in wide_rows.h (lanes are classes) and narrow_rows.h (lanes are rows). Included once per instruction set.
 //
 // With a = s - (about max s), b = t - (about max t), e_s = exp(a/T), e_t = exp(b/T), Z = sum e, M = sum e_t (b - a):
@@ -10,6 +10,13 @@
 // without rounding error, and with psi(v) = e^v - 1 - v
 //
 //     KL = sum p_t psi(v),   d KL / d s = p_t (v + psi(v)) / T                                     (the close form)
+//
+// Every other divergence is a sum over classes of a value too, and with slope = d value / d p_s its gradient is
+//
+//     d / d s_i = p_s,i (slope_i - sum_j p_s,j slope_j) / T
+//
+// so the sweep leaves e_s and e_s slope in the scratch, and the gradient is a mixture of the two, as it is one of e_s
+// and e_t for the forward KL.
 //
 // Cross-entropy, always at T = 1: h = exp(a), CE = log(Z_h / h_y), d CE / d s = h / Z_h - [class = y].
 namespace KDLAB_ISA {
@@ -30,10 +37,30 @@ template <class V>
 inline V softened_exp(V x, const Temperature<V>& T) { return exp2_of(max(T.floor, x), T.k, T.k_rest); }  // NaN passes
 
 // The same for x / T below 3, and NaN or anything above that.
-template <class V>
+template <bool kFiner = false, class V>
 inline V quick_exp(V x, const Temperature<V>& T) {
-    if constexpr (has_quick_exp2<V>) return quick_exp2(x, T.k);
+    if constexpr (has_quick_exp2<V>) return quick_exp2(x, T.k, kFiner);
     else return softened_exp(x, T);
+}
+
+// x - y = difference + error, exactly
+template <class V>
+struct Difference {
+    V difference, error;
+    Difference(V x, V y) {
+        difference = x - y;
+        V back = x - difference;
+        error = (x - (difference + back)) + (back - y);
+    }
+};
+
+// exp((x - top) / T) with the digits that the difference is rounded by. Where one class has nearly all the mass, the
+// gradient is as large as the others' probabilities, and they must be as good as it.
+template <class V>
+inline V careful_exp(V x, V top, const Temperature<V>& T) {
+    Difference<V> a(x, top);
+    V e = softened_exp(a.difference, T);
+    return a.difference > T.floor ? fma(e * Real<V>(0.693147180559945309417), a.error * T.k, e) : e;
 }
 
 // e_t (b - a), where 0 * -inf = 0. A class that only the student excludes is looked for apart: see excludes_more.
@@ -50,17 +77,6 @@ inline V fast_gradient(V es, V et, V h, const Factors<V>& f) {
     V g = kKL ? fma(es, f.s, -(et * f.t)) : h * f.h;
     return kKL && kCE ? fma(h, f.h, g) : g;
 }
-
-// x - y = difference + error, exactly
-template <class V>
-struct Difference {
-    V difference, error;
-    Difference(V x, V y) {
-        difference = x - y;
-        V back = x - difference;
-        error = (x - (difference + back)) + (back - y);
-    }
-};
 
 // w = v + lambda = (s - t - c) / T, free of cancellation, for any c; e^lambda = sum p_t e^w = 1 + sum close_mass. And
 // KL = sum p_t psi(w) + lambda + 1 - e^lambda.   p_t = pt e_t, p_s = ps e_s, p_t e^w = pw e_s.
@@ -88,6 +104,124 @@ inline CloseTerms<V> close_terms(V s, V t, V es, V et, const Close<V>& k) {
     V pt = et * k.pt, v = k.w(s, t) - k.lambda, p = psi(v), far = fma(es, k.ps, -pt);
     V far_value = far - (pt > all<V>(0) ? pt * v : V{});         // 0 * -inf = 0
     return {abs(v) < series_range<V> ? pt * p : far_value, abs(v) < series_range<V> ? pt * (v + p) : far};
+}
+
+// ---- the mixtures in fast form -------------------------------------------------------------------------------------
+// Z_s m = of_s e_s + of_t e_t, so that log2(q / m) = a k - log2(Z_s m) and log2(p / m) = b k + shift - log2(Z_s m), where
+// k = log2(e) / T is the very number that the exponentials were made with.
+template <class V>
+struct Mixture {
+    V of_s, of_t, shift, pull;                                   // shift = log2(Z_s / Z_t), pull = of_s log2(e)
+};
+
+template <class V>
+inline V fast_log2(V x) {
+    const V y = max(x, all<V>(Real<V>(1e-37)));                  // where both are 0 it does not matter
+    if constexpr (has_quick_log2<V>) return quick_log2(y);
+    else return log_of(y) * Real<V>(log2_of_e);
+}
+template <class V>
+inline V fast_ratio(V x, V y) {
+    y = max(y, all<V>(Real<V>(1e-37)));
+    if constexpr (has_quick_inverse<V>) return x * quick_inverse(y);
+    else return x / y;
+}
+template <class V>
+inline V scaled(V x, const Temperature<V>& T, V add) {           // x k + add
+    if constexpr (has_quick_exp2<V>) return fma(x, T.k, add);
+    else return fma(x, T.k, fma(x, T.k_rest, add));
+}
+
+// Of a class: e_s times its slope, and its shares e_s log2(q / m) and e_t log2(p / m)
+template <class V> struct MixedTerms { V slope, to_s, to_t; };
+
+template <int kKind, class V>
+inline MixedTerms<V> mixed_terms(V a, V b, V es, V et, const Mixture<V>& k, const Temperature<V>& T) {
+    const V m = fma(es, k.of_s, et * k.of_t), log_m = fast_log2(m);
+    MixedTerms<V> x = {};
+    if (kKind != KDLAB_SKEW_KL) x.to_s = es * scaled(a, T, -log_m);
+    if (kKind != KDLAB_SKEW_REVERSE_KL) x.to_t = et * (scaled(b, T, k.shift) - log_m);
+    if (kKind == KDLAB_JSD) x.slope = x.to_s;
+    if (kKind == KDLAB_SKEW_KL) x.slope = es * fast_ratio(et, m);                 // times -(1 - alpha) Z_s / Z_t
+    if (kKind == KDLAB_SKEW_REVERSE_KL) x.slope = fma(es, -fast_ratio(es * k.pull, m), x.to_s);
+    return x;
+}
+
+// ---- the rest of the family, careful form --------------------------------------------------------------------------
+// With p the teacher's probability, q the student's, v = log(q / p), d = q - p. Each keeps its digits where q is close
+// to p, whatever lies between; a class that one side excludes has p or q = 0, and one that both exclude counts nothing.
+template <class V> struct Pair { V p, q, v, d, e, e_back; };     // e = q/p - 1 and e_back = p/q - 1
+
+constexpr int only_cross_entropy = -1;                           // in the place of a divergence
+constexpr bool is_mixture(int kind) {
+    return kind == KDLAB_JSD || kind == KDLAB_SKEW_KL || kind == KDLAB_SKEW_REVERSE_KL;
+}
+
+template <int kKind, class V>
+inline Pair<V> compare(V p, V q, V v) {
+    const V most = all<V>(Real<V>(1e30)), back = all<V>(-1) * v;
+    Pair<V> x = {p, q, v, q - p, V{}, V{}};
+    const V e = v + psi(v);
+    x.d = abs(v) < series_range<V> ? p * e : x.d;
+    if (kKind == KDLAB_JSD || kKind == KDLAB_SKEW_KL) x.e = abs(v) < series_range<V> ? e : min((q - p) / p, most);
+    if (kKind == KDLAB_JSD || kKind == KDLAB_SKEW_REVERSE_KL)
+        x.e_back = abs(v) < series_range<V> ? back + psi(back) : min((p - q) / q, most);
+    return x;
+}
+
+// A class's share of KL(p || p (1 + x)), where the shares add up to it because those of d_mixed = p x add up to nothing.
+template <class V>
+inline V share_to_mix(V p, V x, const Logs<V>& logs, V d_mixed) {
+    return abs(x) < Real<V>(2) ? p * logs.rest : d_mixed - p * logs.log1p;
+}
+
+template <class V> struct Share { V value, slope; };             // of a class; the slope is finite where q > 0
+template <class V>
+struct Mix {                                                     // beta or alpha, and 1 - that with its own digits
+    V mix, rest;
+    explicit Mix(double x) : mix(all<V>(Real<V>(x))), rest(all<V>(Real<V>(1 - x))) {}
+};
+
+// Slopes count up to a constant. This one makes them small where the two are close.
+template <int kKind, class V>
+inline Share<V> share_of(const Pair<V>& x, const Mix<V>& mixture) {
+    const V mix = mixture.mix, rest = mixture.rest, zero = V{};
+    if constexpr (kKind == KDLAB_REVERSE_KL) {                   // q psi(-v)
+        V back = -x.v, far = (x.q > zero ? x.q * x.v : zero) - x.d;
+        return {abs(x.v) < series_range<V> ? x.q * psi(back) : far, x.q > zero ? x.v : zero};
+    } else if constexpr (kKind == KDLAB_TOTAL_VARIATION) {
+        V one = all<V>(1), half = all<V>(Real<V>(0.5));
+        return {abs(x.d) * half, x.d > zero ? zero : x.d < zero ? -one : x.d - half};       // NaN stays
+    } else if constexpr (kKind == KDLAB_JSD) {
+        V to_p = rest * x.e, to_q = mix * x.e_back;
+        Logs<V> p = logs_of(to_p), q = logs_of(to_q);
+        V value = fma(mix, share_to_mix(x.p, to_p, p, rest * x.d), rest * share_to_mix(x.q, to_q, q, -mix * x.d));
+        return {value, -rest * q.log1p};
+    } else if constexpr (kKind == KDLAB_SKEW_KL) {
+        V to_p = rest * x.e, m = fma(rest, x.d, x.p);
+        Logs<V> p = logs_of(to_p);
+        return {share_to_mix(x.p, to_p, p, rest * x.d), m > zero ? rest * rest * x.d / m : x.d};
+    } else {
+        static_assert(kKind == KDLAB_SKEW_REVERSE_KL, "no other divergence has shares");
+        V to_q = rest * x.e_back, m = fma(mix, x.d, x.p);
+        Logs<V> q = logs_of(to_q);
+        V pull = m > zero ? mix * rest * x.d / m : x.d;
+        return {share_to_mix(x.q, to_q, q, -rest * x.d), -q.log1p - pull};
+    }
+}
+
+// And this one where they hardly overlap, so that nearly all of the student's mass has nearly the same slope; only the
+// mixtures need it. z is what the teacher adds to the student's part of the mixture, in units of that.
+template <int kKind, class V>
+inline V slope_apart(const Pair<V>& x, const Mix<V>& mixture) {
+    const V mix = mixture.mix, rest = mixture.rest, one = all<V>(1);
+    const V of_s = kKind == KDLAB_SKEW_REVERSE_KL ? mix : rest, of_t = kKind == KDLAB_SKEW_REVERSE_KL ? rest : mix;
+    const V z = min(of_t * x.p / (of_s * x.q), all<V>(Real<V>(1e30)));
+    if (kKind == KDLAB_JSD) return -rest * logs_of(z).log1p;
+    if (kKind == KDLAB_SKEW_KL) return -(rest / mix) * (z / (one + z));
+    const Logs<V> logs = logs_of(z);
+    const V part = z / (one + z);
+    return z < one ? logs.rest - z * part : part - logs.log1p;
 }
 
 }  // namespace KDLAB_ISA

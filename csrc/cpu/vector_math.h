@@ -117,4 +117,23 @@ inline V log1p_of(V x) {
     return log_of(u) + (x - (u - Real<V>(1))) / u;
 }
 
+// log(1 + x) and x - log(1 + x), each with its digits also where x is small; for x > -1 and below 1e35. NaN gives NaN.
+template <class V> struct Logs { V log1p, rest; };
+
+template <class V>
+inline Logs<V> logs_of(V x) {
+    typedef typename Scalar<V>::Int Int;
+    constexpr int n = Scalar<V>::log_terms;
+    const V y = x + Real<V>(1);
+    const Int i = same_bits<Int>(y), e = (i - Scalar<V>::sqrt_half) >> Scalar<V>::mantissa;
+    const V m = same_bits<V>(i - (e << Scalar<V>::mantissa));   // y = m 2^e with sqrt(1/2) <= m < sqrt(2)
+    const V whole = to_float(e), none = V{}, z = whole == none ? x : m - Real<V>(1);
+    const V s = z / (z + Real<V>(2)), s2 = s * s;               // log(1 + z) = 2 (s + s^3/3 + s^5/5 + ...)
+    V p = all<V>(series<V>.odd[n]);
+    for (int k = n - 1; k >= 1; --k) p = fma(p, s2, all<V>(series<V>.odd[k]));
+    p = p * s2;
+    const V log1p = fma(whole, all<V>(Real<V>(0.693147180559945309417)), s * (p + Real<V>(2))) + (x - x);
+    return {log1p, whole == none ? s * (z - p) : x - log1p};
+}
+
 }  // namespace KDLAB_ISA

@@ -1,11 +1,15 @@
-// Soft KL and cross-entropy of rows with many classes: lanes are classes. Included once per instruction set.
+// Softened divergences and cross-entropy of rows with many classes: lanes are classes. Included once per instruction set.
 //
 // One sweep over memory does two things at once: the exponentials and sums of this row (kept in scratch), and the
 // gradient of the row before, from scratch. Each input is read from memory once, and reading, arithmetic and writing
 // overlap. Nothing is spent on finding the maxima first: exponentials are relative to a reference, the maximum of the
 // row's first elements. Where the row exceeds it by much, its maximum so far becomes the new reference, and what was
 // made with older ones is brought up to date at the end. Rows where the fast form is too coarse are then done again in
-// close form.
+// close form, or careful form.
+//
+// The gradient is always a mixture of two scratch rows. For the forward KL they are the exponentials themselves; for the
+// reverse KL the second is e_s (b - a). The other divergences need both sums Z before their slopes, and replace the
+// second row in a pass of its own, while all of it is in the cache.
 namespace KDLAB_ISA {
 
 template <class E>
@@ -16,45 +20,13 @@ struct Row {
     R from_s, from_t;                       // the references
 };
 
+// What a part of a row adds up to; `entropy` is the sum of e_t b
 template <class V>
-struct Scratch { Real<V> *es, *et, *h; };
-
-// A sum over a row: a few vectors are added in their own precision, then the lanes go on in double.
-template <class V> class RowSum;
-template <>
-class RowSum<F32> {
-    F32 part = {};
-    F64 low = {}, high = {};
-public:
-    void add(F32 x) { part = part + x; }
-    void carry() {
-        carry(part);
-        part = F32{};
-    }
-    void carry(F32 sum) {
-        low = low + low_half(sum);
-        high = high + high_half(sum);
-    }
-    double total() const { return sum_of(low + high); }
-};
-template <>
-class RowSum<F64> {
-    F64 all = {};
-public:
-    void add(F64 x) { all = all + x; }
-    void carry() {}
-    void carry(F64 sum) { all = all + sum; }
-    double total() const { return sum_of(all); }
-};
-constexpr int64_t carry_every = 8;
-
-// What a part of a row adds up to
-template <class V>
-struct Part { V zs, zt, m, zh; };
+struct Part { V zs, zt, m, zh, entropy; };
 
 template <class V>
 inline Part<V> operator+(const Part<V>& x, const Part<V>& y) {
-    return {x.zs + y.zs, x.zt + y.zt, x.m + y.m, x.zh + y.zh};
+    return {x.zs + y.zs, x.zt + y.zt, x.m + y.m, x.zh + y.zh, x.entropy + y.entropy};
 }
 
 // A sum over a row, relative to a reference that may change on the way
@@ -73,12 +45,14 @@ public:
 
 template <class V>
 struct Sums {
-    RelativeSum<V> zs, zt, m, zh;
+    RelativeSum<V> zs, zt, m, zh, entropy;
     V top_s = all<V>(-INFINITY), top_t = top_s;             // maxima of the row so far
+    bool raised = false;                                    // was the reference changed?
 
-    template <bool kKL, bool kCE>
+    template <int kSweep, bool kCE>
     void carry(const Part<V>& p) {
-        if (kKL) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
+        if (kSweep != only_cross_entropy) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
+        if (kSweep == KDLAB_SOFT_CROSS_ENTROPY) entropy.carry(p.entropy);
         if (kCE) zh.carry(p.zh);
     }
 };
@@ -107,29 +81,17 @@ inline void give_pair(E* p, V x, V y, bool past_cache) {
     give<false>(p + lanes<V>, 0, y, past_cache);
 }
 
-// Calls body(i) for whole vectors, tail(i, n) for the last n elements, and after every few vectors carry().
-template <class V, class Body, class Tail, class Carry>
-inline void along_row(int64_t cols, Body body, Tail tail, Carry carry) {
-    constexpr int64_t step = carry_every * lanes<V>;
-    const int64_t end = cols - cols % lanes<V>;
-    int64_t i = 0;
-    while (i < end) {
-        for (int64_t stop = i + step < end ? i + step : end; i < stop; i += lanes<V>) body(i);
-        carry();
-    }
-    if (i < cols) {
-        tail(i, static_cast<int>(cols - i));
-        carry();
-    }
-}
-
-template <bool kKL, bool kCE, class E>
+// kSweep is the divergence, or another that needs the same sums: the forward KL for total variation, JSD for a mixture.
+template <int kSweep, bool kCE, class E>
 class WideRows {
+    static constexpr bool kKL = kSweep != only_cross_entropy, kReverse = kSweep == KDLAB_REVERSE_KL;
+    static constexpr bool kSoftCE = kSweep == KDLAB_SOFT_CROSS_ENTROPY;
+    static constexpr bool kForward = kSweep == KDLAB_FORWARD_KL || kSoftCE;
     typedef VecOf<E> V;
     typedef Real<V> R;
 
     const Job& job;
-    const int64_t cols, end;
+    const int64_t cols, padded, end;
     const Temperature<V> temperature, one{1.0};
     Scratch<V> x;
     static constexpr int most_e = 4;                        // the largest exponential
@@ -178,10 +140,12 @@ class WideRows {
         double up_s = double(row.from_s) - double(old.from_s);
         if (kKL) {
             row.from_t = std::fmax(row.from_t, max_of(z.top_t));
-            double up_t = double(row.from_t) - double(old.from_t), zt = z.zt.total(), fall = std::exp(-up_t / job.T);
-            z.m.replace((z.m.total() + (up_s - up_t) * zt) * fall);
-            z.zt.replace(zt * fall);
-            z.zs.replace(z.zs.total() * std::exp(-up_s / job.T));
+            double up_t = double(row.from_t) - double(old.from_t), zs = z.zs.total(), zt = z.zt.total();
+            double fall_s = std::exp(-up_s / job.T), fall_t = std::exp(-up_t / job.T);
+            z.m.replace((z.m.total() + (up_s - up_t) * (kReverse ? zs : zt)) * (kReverse ? fall_s : fall_t));
+            z.entropy.replace((z.entropy.total() - up_t * zt) * fall_t);
+            z.zt.replace(zt * fall_t);
+            z.zs.replace(zs * fall_s);
         }
         if (kCE) z.zh.replace(z.zh.total() * std::exp(-up_s));
     }
@@ -192,13 +156,23 @@ class WideRows {
         for (int64_t i = 0; i < end; i += lanes<V>) store(e + i, load(e + i) * fall);
     }
 
+    // The same for e_s (b - a), before e_s is lowered
+    void lower_differences(int64_t begin, int64_t n, R up_s, R more) const {
+        if (up_s == 0 && more == 0) return;
+        const V fall = softened_exp(all<V>(-up_s), temperature), add = all<V>(more);
+        for (int64_t i = begin; i < begin + n; i += lanes<V>)
+            store(x.et + i, fma(load(x.es + i), add, load(x.et + i)) * fall);
+    }
+
     // Makes all exponentials relative to the row's last references.
     void bring_up_to_date(const Row<E>& row) const {
         const Reference* from = references;
         for (int64_t i = 0; i < cols; i += step, ++from) {
             const int64_t n = cols - i < step ? cols - i : step;
-            if (kKL) lower(x.es + i, n, row.from_s - from->s, temperature);
-            if (kKL) lower(x.et + i, n, row.from_t - from->t, temperature);
+            const R up_s = row.from_s - from->s, up_t = row.from_t - from->t;
+            if (kReverse) lower_differences(i, n, up_s, up_s - up_t);
+            if (kKL) lower(x.es + i, n, up_s, temperature);
+            if (kKL && !kReverse) lower(x.et + i, n, up_t, temperature);
             if (kCE) lower(x.h + i, n, row.from_s - from->s, one);
         }
     }
@@ -218,13 +192,19 @@ class WideRows {
             V a = s - from_s;
             top_s = max(s, top_s);
             if (kKL) {
-                V b = t - from_t, es = quick_exp(a, T), et = quick_exp(b, T);
+                V b = t - from_t, es = quick_exp<is_mixture(kSweep)>(a, T), et = quick_exp<is_mixture(kSweep)>(b, T);
                 top_t = max(t, top_t);
-                store(x.es + i, es);
-                store(x.et + i, et);
                 p.zs = p.zs + es;
                 p.zt = p.zt + et;
-                p.m = fma(et, b - a, p.m);
+                if (kReverse) {
+                    et = es * (b - a);
+                    p.m = p.m + et;
+                } else {
+                    p.m = fma(et, b - a, p.m);
+                }
+                if (kSoftCE) p.entropy = fma(et, b, p.entropy);
+                store(x.es + i, es);
+                store(x.et + i, et);
             }
             if (kCE) {
                 V h = quick_exp(a, one);
@@ -287,9 +267,10 @@ class WideRows {
                 p = part<false>(row, grad, f, begin, end, z);
             }
             *from++ = {row.from_s, row.from_t};
-            z.template carry<kKL, kCE>(p);
+            z.template carry<kSweep, kCE>(p);
         }
         if (raised) bring_up_to_date(row);
+        z.raised = raised;
         return z;
     }
 
@@ -345,11 +326,37 @@ class WideRows {
         return value.total() + (std::log1p(M) - M);
     }
 
-    // Does the student exclude a class (-inf) that the teacher does not? Then KL is +inf.
+    // Does the student exclude a class (-inf) that the teacher does not? Then KL is +inf. For the reverse KL: the teacher.
     bool excludes_more(const Row<E>& row) const {
+        const E *out = kReverse ? row.t : row.s, *in = kReverse ? row.s : row.t;
         for (int64_t i = 0; i < cols; ++i)
-            if (to_real(row.s[i]) == -INFINITY && to_real(row.t[i]) > -INFINITY) return true;
+            if (to_real(out[i]) == -INFINITY && to_real(in[i]) > -INFINITY) return true;
         return false;
+    }
+
+    // The row's logits in the precision of the arithmetic, copied if they are not
+    RealRow<V> real(const Row<E>& row) const {
+        if constexpr (sizeof(E) == sizeof(R)) {
+            return {row.s, row.t, row.from_s, row.from_t};
+        } else {
+            R *s = reinterpret_cast<R*>(references) - 2 * padded, *t = s + padded;
+            along_row<V>(cols, [&](int64_t i) { store(s + i, load(row.s + i)); store(t + i, load(row.t + i)); },
+                [&](int64_t i, int n) {
+                    store(s + i, load_part(row.s + i, n, low));
+                    store(t + i, load_part(row.t + i, n, low));
+                }, [] {});
+            return {s, t, row.from_s, row.from_t};
+        }
+    }
+
+    double family(const RealRow<V>& row, const RowSums<V>& z, double g, Factors<V>& f) const {
+        if constexpr (kReverse) return FamilyRows<KDLAB_REVERSE_KL, V>(job, temperature, x).value(row, z, g, f);
+        switch (job.kind) {
+            case KDLAB_JSD: return FamilyRows<KDLAB_JSD, V>(job, temperature, x).value(row, z, g, f);
+            case KDLAB_SKEW_KL: return FamilyRows<KDLAB_SKEW_KL, V>(job, temperature, x).value(row, z, g, f);
+            case KDLAB_SKEW_REVERSE_KL: return FamilyRows<KDLAB_SKEW_REVERSE_KL, V>(job, temperature, x).value(row, z, g, f);
+            default: return FamilyRows<KDLAB_TOTAL_VARIATION, V>(job, temperature, x).value(row, z, g, f);
+        }
     }
 
     // CE with label y. Leaves h_y - Z_h in the place of h_y, so that the gradient is h / Z_h everywhere; from the other
@@ -369,11 +376,10 @@ class WideRows {
     }
 
 public:
-    WideRows(const Job& j, int64_t stop, void* memory) : job(j), cols(j.cols), end(stop), temperature(j.T) {
-        const int64_t padded = (cols + 15) / 16 * 16;
+    WideRows(const Job& j, int64_t stop, void* memory) : job(j), cols(j.cols), padded((cols + 15) / 16 * 16), end(stop), temperature(j.T) {
         R* m = static_cast<R*>(memory);
         x = {m, kKL ? m + padded : m, kCE && kKL ? m + 2 * padded : m};
-        references = reinterpret_cast<Reference*>(m + 3 * padded);
+        references = reinterpret_cast<Reference*>(m + (sizeof(E) < sizeof(R) ? 5 : 3) * padded);
         margin = R(std::log(most_e) * (kCE && job.T > 1 ? 1 : job.T));
     }
 
@@ -391,16 +397,27 @@ public:
                 ce = hard_label(row, job.target[r], zh);
                 f.h = all<V>(R(g * job.ce_weight / zh));
             }
-            if (kKL) {
+            if constexpr (kKL) {
                 double zs = z.zs.total(), zt = z.zt.total(), m = z.m.total();
                 double g_kl = g * job.kl_weight * job.kl_factor / job.T;
                 bool excludes = !std::isfinite(m);          // a class at -inf, or the row is spoiled anyway
-                if (excludes) m = sum_of_differences(row);
-                f.s = all<V>(R(g_kl / zs));
-                f.t = all<V>(R(g_kl / zt));
-                kl = zs > 0 && zt > 0 ? m / zt / job.T + std::log(zs / zt) : NAN;         // NaN: a row wholly at -inf
-                if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
-                else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
+                if (excludes && !kReverse) m = sum_of_differences(row);
+                bool row_is_fine = zs > 0 && zt > 0;        // neither NaN nor a row wholly at -inf
+                if (kForward && job.kind != KDLAB_TOTAL_VARIATION) {
+                    f.s = all<V>(R(g_kl / zs));
+                    f.t = all<V>(R(g_kl / zt));
+                    kl = row_is_fine ? m / zt / job.T + std::log(zs / zt) : NAN;
+                    if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
+                    else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
+                    if (kSoftCE)
+                        kl += FamilyRows<KDLAB_SOFT_CROSS_ENTROPY, V>(job, temperature, x)
+                                  .entropy_of(real(row), max_of(z.top_t), z.entropy.total(), zt, excludes);
+                } else if (!row_is_fine || (kReverse && excludes && excludes_more(row))) {
+                    f.s = f.t = all<V>(NAN);
+                    kl = row_is_fine ? INFINITY : NAN;
+                } else {
+                    kl = family(real(row), {zs, zt, m, max_of(z.top_s), max_of(z.top_t), z.raised || excludes}, g_kl, f);
+                }
             }
             job.write_row(r, kl, ce);
         }
