@@ -1911,6 +1911,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'kdlab.ops._backward': ('api/ops.html#_backward', 'kdlab/ops.py'),
                            'kdlab.ops._by_row': ('api/ops.html#_by_row', 'kdlab/ops.py'),
                            'kdlab.ops._denominator': ('api/ops.html#_denominator', 'kdlab/ops.py'),
+                           'kdlab.ops._empty_grad': ('api/ops.html#_empty_grad', 'kdlab/ops.py'),
                            'kdlab.ops._first_bad_label': ('api/ops.html#_first_bad_label', 'kdlab/ops.py'),
                            'kdlab.ops._loss_dtype': ('api/ops.html#_loss_dtype', 'kdlab/ops.py'),
                            'kdlab.ops._needs_reference': ('api/ops.html#_needs_reference', 'kdlab/ops.py'),

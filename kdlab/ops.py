@@ -145,7 +145,7 @@ def _rows_of(x:Tensor)->tuple[Tensor, int]:
 def _address(x:Tensor|None)->int:
     return 0 if x is None else x.data_ptr()
 
-# %% ../nbs/api/02_ops.ipynb #59dd0704
+# %% ../nbs/api/02_ops.ipynb #daedcb0d
 class _Call:
     "One call of the kernel: inputs laid out once, used by forward and, if need be, again by backward."
     __slots__ = "student", "teacher", "target", "mask", "row_weight", "q", "rows", "cols", "strides", "dtype", "loss_dtype"
@@ -184,14 +184,16 @@ class _Call:
         if self.q.reduction == "none": return self.empty_rows()
         return torch.empty((), dtype=self.loss_dtype, device=self.student.device)
 
-    def empty_grad(self)->Tensor:
-        shape = self.student.shape
-        if self.rows * self.cols * self.dtype.itemsize < _LARGE or len(shape) > 8 or cuda_ops.on_gpu(self.student):
-            return torch.empty(shape, dtype=self.dtype, device=self.student.device)
-        return torch.from_dlpack(_C.empty(shape, _CODES[self.dtype]))
+    def empty_grad(self)->Tensor: return _empty_grad(self.student.shape, self.dtype, self.student.device)
 
-# %% ../nbs/api/02_ops.ipynb #4e0ac6e5
+# %% ../nbs/api/02_ops.ipynb #23dfae4d
 _LARGE = 4 << 20 # bytes from which a gradient's memory is recycled
+
+def _empty_grad(shape:torch.Size, dtype:torch.dtype, device:torch.device)->Tensor:
+    "A contiguous tensor for a gradient; on the CPU a large one lies in recycled memory."
+    if device.type != "cpu" or len(shape) > 8 or math.prod(shape) * dtype.itemsize < _LARGE or _C is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_dlpack(_C.empty(shape, _CODES[dtype]))
 
 def empty_cache()->None:
     "Free the memory of large gradients that is kept to be used again. Tensors that are alive keep theirs."

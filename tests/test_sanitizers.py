@@ -37,7 +37,7 @@ def fuzz(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("program, share", [("fuzz", 1), ("fuzz_sparse", 0.3)])
+@pytest.mark.parametrize("program, share", [("fuzz", 1), ("fuzz_sparse", 0.3), ("fuzz_features", 0.3)])
 def test_random_cases_agree_with_the_definition_and_stay_in_bounds(fuzz, program, share):
     command = [fuzz / program, str(float(SECONDS) * share)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})

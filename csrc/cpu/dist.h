@@ -19,17 +19,20 @@ inline void in_double(F32 x, F32 y, Body body) {
 
 // Sums of one or of each lane's column
 struct Moments {
-    F64 q = {}, d = {}, qq = {}, qd = {}, dd = {};
+    F64 q = {}, d = {}, qq = {}, qd = {}, dd = {}, pp = {};
     void add(F64 x, F64 y) {
+        F64 z = x + y;
+        pp = fma(z, z, pp);
         q = q + x;
         d = d + y;
         qq = fma(x, x, qq);
         qd = fma(x, y, qd);
         dd = fma(y, y, dd);
     }
+    PairSums total() const { return {sum_of(q), sum_of(d), sum_of(qq), sum_of(qd), sum_of(dd), sum_of(pp)}; }
     void add_to(double* column, int64_t room) const {
-        const F64 sums[] = {q, d, qq, qd, dd};
-        for (int k = 0; k < 5; ++k) store(column + k * room, load(column + k * room) + sums[k]);
+        const F64 sums[] = {q, d, qq, qd, dd, pp};
+        for (int k = 0; k < 6; ++k) store(column + k * room, load(column + k * room) + sums[k]);
     }
 };
 
@@ -69,19 +72,19 @@ class DistRows {
         return 1 / sum.total();
     }
 
-    // q and d from p and q, where the row is not close
-    Sums5 plain_row(const DistRow& row, const E* next_s, const E* next_t, R* es, R* et) const {
+    // p and q, where the row is not close: each with all its digits, and their difference exact in double
+    PairSums plain_row(const DistRow& row, const E* next_s, const E* next_t, R* es, R* et) const {
         const V over_s = all<V>(R(row.over_s)), over_t = all<V>(R(row.over_t));
         Moments m;
         for (int64_t i = 0; i < cols; i += lanes<V>) {
-            V q = load(et + i) * over_t, d = fma(load(es + i), over_s, -q);
+            V q = load(et + i) * over_t, p = load(es + i) * over_s;
             store(et + i, q);
-            store(es + i, d);
+            store(es + i, p);
             fetch(next_s + i);                              // spread over the work, or memory would make it wait
             fetch(next_t + i);
-            in_double(q, d, [&](int, F64 x, F64 y) { m.add(x, y); });
+            in_double(q, p, [&](int, F64 x, F64 y) { m.add(x, y - x); });
         }
-        return {sum_of(m.q), sum_of(m.d), sum_of(m.qq), sum_of(m.qd), sum_of(m.dd)};
+        return m.total();
     }
 
     // d = q (e^v - 1), v = log(p / q) but for the rounding of both sums. What that leaves of the sum of d is taken out.
@@ -105,12 +108,13 @@ class DistRows {
         return x;
     }
 
-    Sums5 moments_of_close(DistRow& row, const E* s, const E* t, R* d, R* q) const {
+    // Replaces p by d.
+    PairSums moments_of_close(DistRow& row, const E* s, const E* t, R* d, R* q) const {
         row.c = row.top_s - row.top_t + job.T * std::log(row.over_t / row.over_s);
         CloseRow x = close_row(row);
         RowSum<V> mass;
         auto one = [&](int64_t i, V s, V t) {
-            V y = x.d(s, t, load(q + i) + load(d + i), load(q + i));
+            V y = x.d(s, t, load(d + i), load(q + i));
             store(d + i, y);
             mass.add(y);
         };
@@ -125,7 +129,7 @@ class DistRows {
             store(d + i, y);
             in_double(load(q + i), y, [&](int, F64 a, F64 b) { m.add(a, b); });
         }
-        return {sum_of(m.q), sum_of(m.d), sum_of(m.qq), sum_of(m.qd), sum_of(m.dd)};
+        return m.total();
     }
 
     void row_moments(int64_t r, R* d, R* q) const {
@@ -135,7 +139,7 @@ class DistRows {
         row.top_t = largest(teacher(r));
         row.over_s = exponentials(student(r), row.top_s, d);
         row.over_t = exponentials(teacher(r), row.top_t, q);
-        Sums5 x = plain_row(row, student(r + 1), teacher(r + 1), d, q);
+        PairSums x = plain_row(row, student(r + 1), teacher(r + 1), d, q);
         row.close = x.dd < near * x.qq;
         if (row.close) x = moments_of_close(row, student(r), teacher(r), d, q);
         row.pearson = Pearson(x, double(cols));
@@ -146,18 +150,19 @@ public:
 
     void moments(int64_t begin, int64_t end, double* column) const {
         const int64_t together = job.together();
+        F64 of_q[8];                                        // what of q to take from what is there, for d
         for (int64_t r = begin; r < end;) {
             int64_t n = 0;
             for (; r < end && n < together; ++r) {
                 if (!job.counts(r)) continue;
                 row_moments(r, memory + 2 * n * room, memory + (2 * n + 1) * room);
-                ++n;
+                of_q[n++] = all<F64>(job.row_parts[r].close ? 0 : -1);
             }
             for (int64_t i = 0; i < cols; i += lanes<V>) {
                 Moments m[2];
                 for (int64_t k = 0; k < n; ++k)
                     in_double(load(memory + (2 * k + 1) * room + i), load(memory + 2 * k * room + i),
-                              [&](int at, F64 q, F64 d) { m[at != 0].add(q, d); });
+                              [&](int at, F64 q, F64 x) { m[at != 0].add(q, fma(of_q[k], q, x)); });
                 m[0].add_to(column + i, room);
                 if (lanes<F64> < lanes<V>) m[1].add_to(column + i + lanes<F64>, room);
             }
@@ -167,19 +172,20 @@ public:
     // With h = g p for the slope g of the loss at p: d / d s = (h - p sum h) / T
     template <bool kClose>
     double slopes(const DistRow& row, const E* s, const E* t, const E* grad, R* h, R* p) const {
-        const R *mean_q = column(0), *mean_d = column(1), *own = column(2), *other = column(3), *rest = column(4),
-                *over = column(5);
-        const V row_own = all<V>(R(row.pearson.own * job.row_scale)), row_other = all<V>(R(row.pearson.other * job.row_scale));
+        const int form = kClose ? 3 : 6;
+        const R *mean_q = column(0), *own = column(1), *over = column(2), *mean = column(form), *other = column(form + 1),
+                *rest = column(form + 2);
+        const double to_q = row.pearson.other - (kClose ? 0 : row.pearson.own);
+        const V row_own = all<V>(R(row.pearson.own * job.row_scale)), row_other = all<V>(R(to_q * job.row_scale));
         const V top_s = all<V>(R(row.top_s)), top_t = all<V>(R(row.top_t));
         const V over_s = all<V>(R(row.over_s)), over_t = all<V>(R(row.over_t));
         const CloseRow close = close_row(row);
         RowSum<V> sum;
         auto one = [&](int64_t i, V s, V t) {
-            V q = quick_exp(t - top_t, temperature) * over_t, d = fma(quick_exp(s - top_s, temperature), over_s, -q);
-            V ps = q + d;
-            if (kClose) d = close.exact(close.d(s, t, ps, q), q);
-            V by_row = fma(d, row_own, q * row_other);
-            V by_column = fma(d - load(mean_d + i), load(own + i), fma(q - load(mean_q + i), load(other + i), load(rest + i)));
+            V q = quick_exp(t - top_t, temperature) * over_t, ps = quick_exp(s - top_s, temperature) * over_s;
+            V y = kClose ? close.exact(close.d(s, t, ps, q), q) : ps;
+            V by_row = fma(y, row_own, q * row_other);
+            V by_column = fma(y - load(mean + i), load(own + i), fma(q - load(mean_q + i), load(other + i), load(rest + i)));
             V x = ps * fma(by_column, load(over + i), by_row);
             store(p + i, ps);
             store(h + i, x);

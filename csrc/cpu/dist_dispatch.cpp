@@ -24,10 +24,10 @@ void kdlab_dist_cpu(const kdlab_dist* a) {
     const size_t scratch = job.scratch_bytes();
 
     const int64_t blocks = std::max<int64_t>(1, std::min(most_blocks, rows));
-    std::vector<double> moments(blocks * 5 * room), columns(6 * room);
+    std::vector<double> moments(blocks * 6 * room), columns(9 * room);
     share_rows(blocks, (rows + blocks - 1) / blocks * cols, a->threads, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b)
-            kernels_in_use().dist(job, rows * b / blocks, rows * (b + 1) / blocks, &moments[b * 5 * room], scratch_of(scratch));
+            kernels_in_use().dist(job, rows * b / blocks, rows * (b + 1) / blocks, &moments[b * 6 * room], scratch_of(scratch));
     });
     double value = 0, by_column = 0;
     for (int64_t r = 0; r < rows; ++r)
@@ -39,18 +39,22 @@ void kdlab_dist_cpu(const kdlab_dist* a) {
         return at(columns.data(), precision, k * room + c);
     };
     for (int64_t c = 0; c < cols && counted; ++c) {
-        Sums5 sums = {};
+        PairSums sums = {};
         for (int64_t b = 0; b < blocks; ++b) {
-            const double* m = &moments[b * 5 * room + c];
-            sums = {sums.q + m[0], sums.d + m[room], sums.qq + m[2 * room], sums.qd + m[3 * room], sums.dd + m[4 * room]};
+            const double* m = &moments[b * 6 * room + c];
+            sums = {sums.q + m[0], sums.d + m[room], sums.qq + m[2 * room], sums.qd + m[3 * room], sums.dd + m[4 * room],
+                    sums.pp + m[5 * room]};
         }
         const Pearson x(sums, double(counted));
         by_column += x.apart;
         const double q = sums.q / double(counted), d = sums.d / double(counted), share = x.length / double(cols);
-        const double rest_q = q - column(0, c, q), rest_d = d - column(1, c, d);
-        const double own = column(2, c, x.own * share), other = column(3, c, x.other * share);
-        column(4, c, -(own * rest_d + other * rest_q));
-        column(5, c, x.length == 0 ? 0 : 1 / x.length);
+        const double rest_q = q - column(0, c, q), own = column(1, c, x.own * share);
+        column(2, c, x.length == 0 ? 0 : 1 / x.length);
+        for (int form : {3, 6}) {                               // of close rows, and of the others
+            const double mean = form == 3 ? d : q + d, rest = mean - column(form, c, mean);
+            const double other = column(form + 1, c, (form == 3 ? x.other : x.other - x.own) * share);
+            column(form + 2, c, -(own * rest + other * rest_q));
+        }
     }
     if (cols) value += by_column / double(cols);
     put(a->out, a->loss_dtype, 0, a->factor * value);

@@ -8,7 +8,7 @@
 namespace kdlab {
 
 // Sums over n pairs of q (teacher) and d = p - q, and of their products
-struct Sums5 { double q, d, qq, qd, dd; };
+struct PairSums { double q, d, qq, qd, dd, pp; };
 
 // 1 - Pearson correlation of p and q. With a, e and b = a + e for q, d and p about their means,
 //
@@ -17,12 +17,12 @@ struct Sums5 { double q, d, qq, qd, dd; };
 struct Pearson {
     double apart = 0, own = 0, other = 0, length = 0;
     Pearson() {}
-    Pearson(const Sums5& x, double n) {
+    Pearson(const PairSums& x, double n) {
         const double noise = 1e-13;                             // of the second moments: what rounding leaves of nothing
         const double aa = x.qq - x.q * x.q / n, ea = x.qd - x.q * x.d / n, ee = x.dd - x.d * x.d / n;
-        const double pp = x.qq + 2 * x.qd + x.dd, bb = aa + 2 * ea + ee;
+        const double p = x.q + x.d, bb = x.pp - p * p / n;
         apart = 1 + 0 * (aa + bb);
-        if (!(aa > noise * x.qq && bb > noise * pp)) return;    // constant (or NaN): no slope
+        if (!(aa > noise * x.qq && bb > noise * x.pp)) return;    // constant (or NaN): no slope
         const double a = std::sqrt(aa), b = std::sqrt(bb), longer = (2 * ea + ee) / (a + b);
         apart = std::max(0.0, ee - longer * longer) / (2 * a * b);
         if (n <= 2) return;                                     // two points always lie on a line
@@ -42,8 +42,9 @@ struct DistRow {
 
 struct DistJob : kdlab_dist {
     DistRow* row_parts;                             // [rows]
-    // Of the columns, [6, room] in the precision of the sums: means of q and d, own, other, rest and over. The slope is
-    // over * (own * (d - mean) + other * (q - mean) + rest); rest makes up for the rounding of the means.
+    // Of the columns, [9, room] in the precision of the sums: mean of q, own, over; for close rows mean of d, other and
+    // rest, for the others mean of p, other - own and rest. With y = d or p the slope is
+    // over * (own * (y - mean) + other * (q - mean of q) + rest); rest makes up for the rounding of the means.
     const void* columns;
     bool stream;                                    // the gradient outgrows the cache: write it past the cache
     double row_scale;                               // one over the rows that count

@@ -200,12 +200,12 @@ inline Share<V> share_of(const Pair<V>& x, const Mix<V>& mixture) {
     } else if constexpr (kKind == KDLAB_SKEW_KL) {
         V to_p = rest * x.e, m = fma(rest, x.d, x.p);
         Logs<V> p = logs_of(to_p);
-        return {share_to_mix(x.p, to_p, p, rest * x.d), m > zero ? rest * rest * x.d / m : x.d};
+        return {share_to_mix(x.p, to_p, p, rest * x.d), m > zero ? rest * rest * x.d / m : x.d * zero};          // NaN stays
     } else {
         static_assert(kKind == KDLAB_SKEW_REVERSE_KL, "no other divergence has shares");
         V to_q = rest * x.e_back, m = fma(mix, x.d, x.p);
         Logs<V> q = logs_of(to_q);
-        V pull = m > zero ? mix * rest * x.d / m : x.d;
+        V pull = m > zero ? mix * rest * x.d / m : x.d * zero;
         return {share_to_mix(x.q, to_q, q, -rest * x.d), -q.log1p - pull};
     }
 }

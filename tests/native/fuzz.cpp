@@ -81,7 +81,7 @@ std::vector<double> log_softmax(const std::vector<double>& x, double T) {
     return out;
 }
 
-double term(double a, double log_a, double log_b) { return a == 0 ? 0 : a * (log_a - log_b); }
+double term(double a, double log_a, double log_b) { return a < 1e-300 ? 0 : a * (log_a - log_b); }  // a mixture underflows sooner
 
 struct SoftResult : RowResult { double unsure; };      // how much of the gradient rounding may decide: total variation
 
@@ -106,7 +106,7 @@ SoftResult soft(const std::vector<double>& s, const std::vector<double>& t, doub
                 r.value += mix * term(p, lp[i], log_m) + (1 - mix) * term(q, lq[i], log_m);
                 slope[i] = q < 1e-300 ? 0 : (1 - mix) * (lq[i] - log_m);
                 break;
-            case KDLAB_SKEW_KL: r.value += term(p, lp[i], log_m); slope[i] = q < 1e-300 ? 0 : -(1 - mix) * p / m; break;
+            case KDLAB_SKEW_KL: r.value += term(p, lp[i], log_m); slope[i] = q < 1e-300 || m == 0 ? 0 : -(1 - mix) * p / m; break;
             case KDLAB_SKEW_REVERSE_KL: r.value += term(q, lq[i], log_m); slope[i] = q < 1e-300 ? 0 : lq[i] - log_m - mix * q / m; break;
             case KDLAB_SOFT_CROSS_ENTROPY: r.value -= p == 0 ? 0 : p * lq[i]; break;
             default: r.value += term(p, lp[i], lq[i]);
