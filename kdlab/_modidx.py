@@ -2827,6 +2827,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kdlab.widgets.match.stored_layers': ( 'api/widgets/match.html#stored_layers',
                                                                             'kdlab/widgets/match.py')},
             'kdlab.widgets.picker': { 'kdlab.widgets.picker._of_gap': ('api/widgets/picker.html#_of_gap', 'kdlab/widgets/picker.py'),
+                                      'kdlab.widgets.picker._of_pair': ('api/widgets/picker.html#_of_pair', 'kdlab/widgets/picker.py'),
                                       'kdlab.widgets.picker._pictures': ('api/widgets/picker.html#_pictures', 'kdlab/widgets/picker.py'),
                                       'kdlab.widgets.picker.show': ('api/widgets/picker.html#show', 'kdlab/widgets/picker.py')},
             'kdlab.widgets.placebo': { 'kdlab.widgets.placebo.PlaceboTeacher': ( 'api/widgets/placebo.html#placeboteacher',

@@ -10,14 +10,18 @@ import numpy as np
 from .gap import TeacherStudentGap
 from .temperature import TemperatureLens
 
-# %% ../../nbs/api/widgets/09_picker.ipynb #e1831d00
+# %% ../../nbs/api/widgets/09_picker.ipynb #e8cbadda
 def show(
-    what, # a `Run` with valid outputs, a `Gap`, or logits (N, C) as array or tensor
+    what, # a `Run` with valid outputs, a `Gap`, logits (N, C), or a pair (student, teacher) of models or of logits
+    loader=None, # batches for a pair of models
+    *,
     images=None, # pictures (N, H, W) of the same samples; those of a run or a gap are found if they are kept in it
-    labels=None, # true classes (N,), for logits
+    labels=None, # true classes (N,), for logits; those of two models come from the loader
     class_names:list[str]|None=None, # C names
 ):
-    "The widget for a run or a gap (teacher against student) or for one model's logits (the temperature lens)."
+    "The widget for a run, a gap or a pair (teacher against student) or for one model's logits (the temperature lens)."
+    if isinstance(what, tuple): return _of_pair(what, loader, images, labels, class_names)
+    if loader is not None: raise ValueError("loader= goes with a pair of models: kd.show((student, teacher), loader)")
     if hasattr(what, "reverse_kl"): return _of_gap(what, images, class_names)
     outputs = getattr(what, "outputs", None)
     if not hasattr(what, "history"): return TemperatureLens(what, images=images, labels=labels, class_names=class_names)
@@ -28,6 +32,18 @@ def show(
         return TemperatureLens(outputs["student"], images=images, labels=labels, class_names=class_names)
     return TeacherStudentGap(outputs["teacher"], outputs["student"], labels, images=images, class_names=class_names)
 
+def _of_pair(pair, loader, images, labels, class_names):
+    "The widget for (student, teacher), two models or two arrays of logits."
+    if len(pair) != 2: raise ValueError(f"a pair is (student, teacher), got {len(pair)} things")
+    if all(callable(model) for model in pair):
+        if loader is None: raise ValueError("two models need batches to be seen on: kd.show((student, teacher), loader)")
+        from kdlab.gaps import gap # it loads torch
+        return _of_gap(gap(*pair, loader, latency=False), images, class_names)
+    student, teacher = pair
+    if labels is None: raise ValueError("two arrays of logits need labels=, the true class of each row, (N,)")
+    return TeacherStudentGap(teacher, student, labels, images=images, class_names=class_names)
+
+# %% ../../nbs/api/widgets/09_picker.ipynb #7e48c624
 def _of_gap(gap, images, class_names):
     "The widget for a `Gap`: its labelled samples, or the teacher's logits where there are no labels."
     if gap.teacher.logits is None or gap.student.logits is None:
