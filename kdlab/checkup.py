@@ -16,9 +16,9 @@ import shutil
 import sys
 from typing import NamedTuple
 
-# %% ../nbs/api/10_checkup.ipynb #561221a3
-NEEDED = ("torch>=2.6", "numpy>=1.26", "scipy>=1.11", "scikit-learn>=1.4", "tqdm>=4.66", "plotly>=6.1,<8",
-          "ipywidgets>=8.1", "anywidget>=0.9")
+# %% ../nbs/api/10_checkup.ipynb #4bb61817
+NEEDED = ("torch>=2.6", "numpy>=1.26", "scipy>=1.11", "scikit-learn>=1.4", "tqdm>=4.66", "safetensors>=0.4",
+          "plotly>=6.1,<8", "ipywidgets>=8.1", "anywidget>=0.9")
 OPTIONAL = ("jupyterlab>=4.2",)
 
 # %% ../nbs/api/10_checkup.ipynb #7bb18c3d

@@ -91,7 +91,7 @@ class Timing(NamedTuple):
     high: float # quarter were slower
     extra: int|None # bytes at the peak beside the two inputs, the gradient among them; None: unknown
 
-# %% ../nbs/api/18_timing.ipynb #d9956aa1
+# %% ../nbs/api/18_timing.ipynb #45bd95f6
 def _step(way, student, teacher):
     "Forward and backward; the gradient."
     return torch.autograd.grad(way(student, teacher), student)[0]
@@ -109,12 +109,13 @@ def race(
     classes:int, # C, at least 2
     contenders:dict[str, Callable]|None=None, # loss(student, teacher) by name; those of `ways` if None
     *,
-    dtype:torch.dtype=torch.float32, device:str|torch.device="cpu",
+    dtype:torch.dtype|str=torch.float32, device:str|torch.device="cpu",
     budget:float=0.3, # seconds for the calls of all contenders together; each is called 5 times at least
     seed:int=0,
 )->list[Timing]: # one a contender, in their order
     "Time forward and backward of each contender on the same logits; they take turns, and the order rotates."
     if rows < 1 or classes < 2: raise ValueError(f"rows must be at least 1 and classes at least 2; got {rows} and {classes}")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     contenders, device = ways() if contenders is None else contenders, torch.device(device)
     gen = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(rows, classes, generator=gen).to(device, dtype) for _ in range(2))

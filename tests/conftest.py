@@ -27,5 +27,6 @@ def no_network():
 
 
 def pytest_collection_modifyitems(items):
-    "Notebooks last: one that defines an operator registers it anew in this process, and calling the first one then crashes."
-    items.sort(key=lambda item: item.path.name == "test_notebooks.py")
+    """Notebooks late: one that defines an operator registers it anew in this process, and calling the first one then crashes.
+    Browsers last: Playwright leaves a running event loop in this thread, which views would hand their work to."""
+    items.sort(key=lambda item: 2 * (item.path.parent.name == "browser") + (item.path.name == "test_notebooks.py"))

@@ -12,17 +12,16 @@ from ..figures import kit as figures
 from ..figures.kernels import kernels_figure, kernels_sentence
 from .kit import KDWidget, refresh
 
-# %% ../../nbs/api/widgets/41_kernels.ipynb #c5d9fdb3
-_CODE = """import torch
-from kdlab.timing import race
+# %% ../../nbs/api/widgets/41_kernels.ipynb #716362dd
+_CODE = """from kdlab.timing import race
 
-for timing in race({batch}, {classes}, dtype=torch.{dtype}):  # forward and backward, in turns
+for timing in race({batch}, {classes}, dtype={dtype!r}):  # forward and backward, in turns
     print(timing.way, timing.seconds, timing.extra)           # seconds, bytes
 """
 BATCHES = (16, 64, 256, 1024)
 _WIDTH = {"float32": 4, "bfloat16": 2}
 
-# %% ../../nbs/api/widgets/41_kernels.ipynb #49d34b02
+# %% ../../nbs/api/widgets/41_kernels.ipynb #2235895f
 class CompareKernels(KDWidget):
     "Time and memory of each backend against batch and classes, measured when asked."
     title = "Compare kernels"
@@ -53,13 +52,12 @@ class CompareKernels(KDWidget):
 
     def measure(self):
         "Measure every batch at these classes and numbers: a generator that says what it is at."
-        import torch  # only who measures needs it
-        from kdlab.timing import race
+        from kdlab.timing import race  # only who measures needs torch
         classes, dtype = self.classes, self.dtype
         self.measured[classes, dtype] = []
         for batch in BATCHES:
             yield f"Measuring a batch of {batch}, {classes} classes, {dtype} …"
-            self.measured[classes, dtype] += race(batch, classes, dtype=getattr(torch, dtype), budget=self.budget)
+            self.measured[classes, dtype] += race(batch, classes, dtype=dtype, budget=self.budget)
             refresh(self)
 
     def code(self) -> str:

@@ -27,7 +27,7 @@ def book(lab, browser, tmp_path_factory):
     cells = [new_markdown_cell("# Widgets"), *map(new_code_cell, (SETUP, LENS, GAP))]
     notebook = new_notebook(cells=cells)
     notebook.metadata.kernelspec = dict(name="python3", display_name="python3", language="python")
-    path = tmp_path_factory.mktemp("source") / "widgets.ipynb"
+    path = tmp_path_factory.mktemp("source") / "two_widgets.ipynb"
     nbformat.write(notebook, path)
     book = lab.open(browser, path, width=1360)
     book.run_all()
@@ -158,7 +158,7 @@ def test_a_reload_keeps_all_traces(book, lab):
     book.page.locator("input[data-name=T]").focus()
     assert press(book, ["Home"], 0).startswith("At T = 0.25 ")  # and it still moves
     bundles = book.page.evaluate("Object.keys(globalThis[Symbol.for('kdlab.plotly')]).length")
-    saved = (lab.root / "widgets.ipynb")
+    saved = (lab.root / "two_widgets.ipynb")
     assert bundles == 1 and "widgets" not in json.loads(saved.read_text())["metadata"] and saved.stat().st_size < 50_000
 
 
