@@ -124,7 +124,7 @@ def test_random_cases_agree_with_the_definition_and_stay_in_bounds(tmp_path):
     settings = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([fuzz, SECONDS], capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) > 50
+    assert int(done.stdout.split()[0]) > 20
 
 
 # ---- the contract --------------------------------------------------------------------------------------------------
