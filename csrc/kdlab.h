@@ -12,6 +12,12 @@ enum kdlab_kind {
     KDLAB_FORWARD_KL = 0, KDLAB_REVERSE_KL = 1, KDLAB_JSD = 2, KDLAB_SKEW_KL = 3, KDLAB_SKEW_REVERSE_KL = 4,
     KDLAB_TOTAL_VARIATION = 5, KDLAB_SOFT_CROSS_ENTROPY = 6
 };
+// The divergences that a mixture becomes at its ends: GKD's limits of jsd, and no skew.
+static inline int kdlab_kind_at_ends(int kind, double mix) {
+    if (kind == KDLAB_JSD && mix == 1) return KDLAB_REVERSE_KL;
+    if (mix != 0) return kind;
+    return kind == KDLAB_JSD || kind == KDLAB_SKEW_KL ? KDLAB_FORWARD_KL : kind == KDLAB_SKEW_REVERSE_KL ? KDLAB_REVERSE_KL : kind;
+}
 enum kdlab_reduction { KDLAB_NONE = 0, KDLAB_SUM = 1, KDLAB_MEAN = 2 };
 
 // Softened forward KL with an optional hard cross-entropy, forward and gradient in one sweep. The value of a row is

@@ -64,10 +64,8 @@ class _Numbers:
         self.held.append(x.detach().to(torch.float64))
         return 0., self.held[-1].data_ptr()
 
-# %% ../nbs/api/02_cuda_ops.ipynb #efb26880
+# %% ../nbs/api/02_cuda_ops.ipynb #dccb1638
 KERNELS = "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy"
-_ENDS = {("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl", ("skew_kl", 0): "forward_kl",
-         ("skew_reverse_kl", 0): "reverse_kl"}
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -75,11 +73,11 @@ def _address(x:Tensor|None)->int: return 0 if x is None else x.data_ptr()
 
 def _workspace(numbers:int, like:Tensor)->Tensor: return torch.empty(numbers, dtype=torch.float64, device=like.device)
 
-# %% ../nbs/api/02_cuda_ops.ipynb #29ddc210
+# %% ../nbs/api/02_cuda_ops.ipynb #88c97747
 def rows(call, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->int:
     "Fill what is given for a call that `kdlab.ops` laid out. Returns -1: a bad label makes its row NaN here."
     q, s, module, number = call.q, call.student, kernels()[0], _Numbers()
-    kind = KERNELS.index(_ENDS.get((q.kind, q.mix), q.kind))
+    kind = KERNELS.index(q.kind)
     normalizer = (math.nan, 0) if q.normalizer is None else number(q.normalizer)
     space = _workspace(module.workspace(call.rows), s)
     module.rows(

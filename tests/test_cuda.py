@@ -463,7 +463,7 @@ def test_addresses_strides_numbers_device_and_stream(recorder):
     device, stream, space = args[25:]
     assert T_value == 0 and T_at and t_squared # the address of a float64 copy: its value was not looked at
     assert ce_weight[1] == 0 == normalizer[1] and normalizer[0] == 5. and reduction == 2 and ignore_index == -100
-    assert kind == cuda_ops.KERNELS.index("reverse_kl") and mix == 1 and (device, stream) == (3, 0xabc) and space
+    assert kind == cuda_ops.KERNELS.index("jsd") and mix == 1 and (device, stream) == (3, 0xabc) and space
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not_otherwise(recorder, monkeypatch):

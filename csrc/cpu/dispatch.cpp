@@ -68,9 +68,7 @@ int64_t kdlab_soft_kl_cpu(const kdlab_soft_kl* a) {
     Job job;
     static_cast<kdlab_soft_kl&>(job) = *a;
     job.kl = a->teacher && (a->kl_weight != 0 || a->kl_rows);
-    if (a->kind == KDLAB_JSD && (a->mix == 0 || a->mix == 1)) job.kind = a->mix == 0 ? KDLAB_FORWARD_KL : KDLAB_REVERSE_KL;
-    if (a->kind == KDLAB_SKEW_KL && a->mix == 0) job.kind = KDLAB_FORWARD_KL;
-    if (a->kind == KDLAB_SKEW_REVERSE_KL && a->mix == 0) job.kind = KDLAB_REVERSE_KL;
+    job.kind = kdlab_kind_at_ends(a->kind, a->mix);
     job.ce = a->target && (a->ce_weight != 0 || a->ce_rows);
 
     int64_t valid = 0;

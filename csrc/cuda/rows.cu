@@ -590,6 +590,7 @@ const char* kdlab_rows_cuda(const kdlab_cuda_rows* a) {
     if (on.error) return message(on.error);
     RowsJob job;
     static_cast<kdlab_soft_kl&>(job) = a->rows;
+    job.kind = kdlab_kind_at_ends(job.kind, job.mix);
     if (job.cols > INT32_MAX / 16) return "too many classes for the CUDA kernels";
     job.T_number = {job.T, a->T};
     job.kl_number = {job.kl_weight, a->kl_weight};
