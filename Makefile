@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/first
+WORKERS ?= 2
 
 .PHONY: lab test setup export widget-data gallery bench gpu clean help
 
@@ -17,7 +18,7 @@ endif
 
 test: $(VENV)/.built  ## set up and run everything: unit tests, notebooks, browser checks
 	@sh tests/browser/find_chromium.sh || [ -z "$$KDLAB_REQUIRE_BROWSER" ]
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 setup: $(VENV)/.built  ## make the virtual environment and build the extension
 

@@ -112,7 +112,8 @@ def subclasses(cls):
     return {cls, *(d for c in cls.__subclasses__() for d in subclasses(c))}
 
 
-SINGLE = [cls for cls in subclasses(FeatureLoss) if cls.__module__.startswith("kdlab") and hasattr(cls, "term")]
+SINGLE = sorted((c for c in subclasses(FeatureLoss) if c.__module__.startswith("kdlab") and hasattr(c, "term")),
+                key=lambda c: c.__name__)
 
 
 @pytest.mark.parametrize("cls", SINGLE, ids=lambda c: c.__name__)
