@@ -273,25 +273,64 @@ def contrast_by_hand(loss, s, t, ids, labels=None):
 def test_crd_and_its_bank():
     s, t = pair("CRD")
     loss = made("CRD")
-    bank, ids = loss.layers["bank"], torch.tensor([3, 0, 19, 7, 8, 2])
-    want = contrast_by_hand(loss, s, t, ids).detach()
+    bank, ids, places = loss.layers["bank"], torch.tensor([3, 0, 19, 700, 8, 2]), torch.arange(6)
+    want = contrast_by_hand(loss, s, t, places).detach()
     before = bank.student.clone()
     torch.testing.assert_close(loss(s, t, ids=ids), want)
     g = F.normalize(loss.layers["student"](s.flatten(1)), dim=1)
-    torch.testing.assert_close(bank.student[ids], F.normalize(0.5 * before[ids] + 0.5 * g, dim=1))
-    rest = [i for i in range(20) if i not in ids]
-    assert torch.equal(bank.student[rest], before[rest]) and not bank.log_mean.isnan().any() and bank.next == 0
-    labels = torch.tensor([0, 1, 1, -100, 2, 0])
+    torch.testing.assert_close(bank.student[:6], g)  # nothing of the noise that stood there is left
+    assert torch.equal(bank.student[6:], before[6:]) and not bank.log_mean.isnan().any() and bank.next == 6
+    assert bank.ids[:6].tolist() == ids.tolist() and bank.ids[6:].eq(-1).all()
+    labels, turned = torch.tensor([0, 1, 1, -100, 2, 0]), torch.tensor([5, 4, 3, 2, 1, 0])
     constant = bank.log_mean.clone()
-    want = contrast_by_hand(loss, s, t, ids).detach()
-    torch.testing.assert_close(loss(s, t, labels, ids=ids), want)  # no label was known yet
-    assert bank.labels[ids].tolist() == labels.tolist()
-    want = contrast_by_hand(loss, s, t, ids, labels).detach()
-    torch.testing.assert_close(loss(s, t, labels, ids=ids), want)
+    want = contrast_by_hand(loss, s, t, places.flip(0)).detach()
+    torch.testing.assert_close(loss(s, t, labels, ids=ids.flip(0)), want)  # no label was known yet
+    torch.testing.assert_close(bank.student[turned], F.normalize(0.5 * g[turned] + 0.5 * g, dim=1))
+    assert bank.labels[turned].tolist() == labels.tolist() and bank.next == 6
+    want = contrast_by_hand(loss, s, t, turned, labels).detach()
+    torch.testing.assert_close(loss(s, t, labels, ids=ids.flip(0)), want)
     assert torch.equal(bank.log_mean, constant)
     mask = torch.tensor([True, False, True, True, False, True])
-    want = contrast_by_hand(loss, s[mask], t[mask], ids[mask], labels[mask]).detach()
-    torch.testing.assert_close(loss(s, t, labels, ids=ids, mask=mask), want)
+    want = contrast_by_hand(loss, s[mask], t[mask], turned[mask], labels[mask]).detach()
+    torch.testing.assert_close(loss(s, t, labels, ids=ids.flip(0), mask=mask), want)
+
+
+def test_a_bank_that_is_too_small_forgets_the_oldest():
+    s, t = pair("CRD")
+    loss = kd.CRD(s, t, size=8, width=4)
+    bank = loss.layers["bank"]
+    for i in range(0, 12, 3): loss(s[:3], t[:3], ids=torch.tensor([i, i + 1, i + 2]))
+    assert bank.ids.sort().values.tolist() == list(range(4, 12)) and bank.next == 4
+    loss(s, t, ids=torch.tensor([8, 20, 21, 4, 22, 23]))  # those of the batch stay, whether old or not
+    assert bank.ids.sort().values.tolist() == [4, 8, 10, 11, 20, 21, 22, 23]
+    saved = {k: v.clone() for k, v in loss.state_dict().items()}
+    assert loss.eval()(s, t, ids=torch.tensor([8, 99, 98, 4, 22, 23])).isfinite()  # samples of a valid set
+    assert all(torch.equal(v, saved[k]) for k, v in loss.state_dict().items())
+    tiny = kd.CRD(s, t, size=2, width=4)
+    assert tiny(s, t, ids=torch.arange(6)).isfinite() and set(tiny.layers["bank"].ids.tolist()) <= set(range(6))
+
+
+def test_a_run_gives_the_bank_the_ids_of_its_samples():
+    student, teacher = net(3, 0), net(5, 1)
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 1, 8, 8, generator=gen), torch.arange(20) % 3
+    rows = [{"x": x[i], "y": y[i]} | {"id": 7 * i} for i in range(20)]
+    loader = lambda part: torch.utils.data.DataLoader(part, 5, shuffle=True)
+    losses = lambda: kd.CrossEntropy() + 0.1 * kd.CRD(size=20, width=8).on("3")
+    run = kd.distill(student, teacher, loader(rows), loader(rows[:5]), epochs=3, losses=losses(), progress=False)
+    bank = run.objective.losses[1].layers["bank"]
+    assert bank.next == 0 and bank.ids.sort().values.tolist() == [7 * i for i in range(20)]
+    assert torch.equal(bank.labels, y[bank.ids // 7])
+    for train in (kd.cache.Numbered(torch.utils.data.TensorDataset(x, y)), kd.cache.Numbered(torch.utils.data.TensorDataset(x), first=50)):
+        run = kd.distill(net(3, 0), teacher, loader(train), epochs=2, losses=kd.SoftKL() + 0.1 * kd.CRD(size=30, width=8).on("3"), progress=False)
+        assert run.objective.losses[1].layers["bank"].next == 20
+    words = [{"x": x, "y": y.float()[:, None].expand(20, 3).softmax(1), "id": [f"sample {i}" for i in range(20)]}]  # mixed labels, ids in words
+    run = kd.distill(net(3, 0), teacher, words, epochs=2, losses=losses(), progress=False)
+    bank = run.objective.losses[1].layers["bank"]
+    assert bank.ids.eq(-1).all() and bank.labels.eq(-1).all() and bank.next == 0
+    y[::2] = -100
+    run = kd.distill(net(3, 0), teacher, [{"x": x, "y": y, "id": torch.arange(20)}], epochs=1, losses=kd.SoftKL() + kd.CRD(size=20, width=8).on("3"), progress=False)
+    assert run.objective.losses[1].layers["bank"].labels.tolist() == y.tolist()
 
 
 def test_the_bank_as_a_queue():

@@ -467,7 +467,7 @@ class _Embedded(nn.Module):
         x = x.flatten(1)
         return unit(self.layers(F.pad(x @ x.T, (0, self.samples - len(x)))))
 
-# %% ../../nbs/api/losses/09_trained.ipynb #1cb4fa7c
+# %% ../../nbs/api/losses/09_trained.ipynb #e1050659
 class SemCKD(_Shown):
     """Semantic calibration: every student layer against every teacher layer, weighted by attention.
 
@@ -476,7 +476,7 @@ class SemCKD(_Shown):
     averaged down. Bound to several layers at once; the sides may have different numbers. Chen et al. 2021
     (arXiv:2012.03236). Paper, authors' code and we agree, but for the size of a batch: their networks take one size
     only, we fill smaller ones up with zeros. Called as `(student, teacher, target=None, *, mask)`."""
-    term, several = "semckd", True
+    term, several, couples = "semckd", True, True
 
     def __init__(self,
         student:list|None=None, # shapes of the student's layers, the batch first, or the maps; None waits
@@ -516,19 +516,26 @@ class SemCKD(_Shown):
         "The loss as it is written on paper."
         return "mean Σ_j a_ij (R_ij(s_i) - t_j)², a = softmax_j(q_i·k_j)"
 
-# %% ../../nbs/api/losses/09_trained.ipynb #ecb272aa
+# %% ../../nbs/api/losses/09_trained.ipynb #ea0c3e67
 class _Bank(nn.Module):
     "Embeddings of other samples: buffers, which follow `.to(device)` and are saved."
     def __init__(self, size:int, width:int):
         super().__init__()
         for name in ("student", "teacher"): self.register_buffer(name, unit(torch.randn(size, width)))
+        self.register_buffer("ids", torch.full((size,), -1)) # whose they are, where samples have ids
         self.register_buffer("labels", torch.full((size,), -1))
-        self.register_buffer("next", torch.tensor(0)) # the place of the next sample without an id
+        self.register_buffer("next", torch.tensor(0)) # the place of the next new sample
         self.register_buffer("log_mean", torch.full((2,), torch.nan)) # of e^score, from the first batch
 
-    def places(self, count:int)->Tensor:
-        "Places for samples without an id."
-        return (self.next + torch.arange(count, device=self.next.device)) % len(self.labels)
+    def places(self, count:int, ids:Tensor|None)->tuple[Tensor, Tensor|None]:
+        "The place of each sample, and which have one already (None: none has an id); a new one takes the oldest place."
+        size = len(self.labels)
+        if ids is None: return (self.next + torch.arange(count, device=self.next.device)) % size, None
+        mine = (self.ids == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(1)
+        known, age = mine.any(1), (torch.arange(size, device=ids.device) - self.next) % size
+        oldest = (age + size * mine.any(0)).topk(min(count, size), largest=False).indices # those of this batch come last
+        new = (~known).cumsum(0).sub(1).clamp(min=0) % max(1, len(oldest))
+        return mine.byte().argmax(1).where(known, oldest[new]), known
 
     def draw(self, places:Tensor, labels:Tensor|None, others:int|None)->tuple[Tensor|None, Tensor]:
         "Which places are compared with each sample (None: all), and True for those of these that do not count."
@@ -540,21 +547,22 @@ class _Bank(nn.Module):
         if labels is None: return drawn, out
         return drawn, out | (self.labels[at] == labels.unsqueeze(1)) & (labels >= 0).unsqueeze(1)
 
-    def remember(self, places:Tensor, student:Tensor, teacher:Tensor, labels:Tensor|None, keep:float, step:int)->None:
-        "Take embeddings in; `keep` is the share of the old ones, `step` how far the next place moves."
-        for bank, x in ((self.student, student), (self.teacher, teacher)):
-            bank[places] = unit(keep * bank[places] + (1 - keep) * x)
-        self.labels[places] = -1 if labels is None else labels
-        self.next.copy_((self.next + step) % len(self.labels))
+    def remember(self, at:tuple[Tensor, Tensor|None], pair:tuple[Tensor, Tensor], ids, labels, momentum:float)->None:
+        "Take embeddings in; `momentum` is the share of a sample's old one."
+        (places, known), size = at, len(self.labels)
+        keep = 0. if known is None else (known * momentum).to(pair[0].dtype).unsqueeze(1)
+        for bank, x in zip((self.student, self.teacher), pair): bank[places] = unit(keep * bank[places] + (1 - keep) * x)
+        for held, x in ((self.ids, ids), (self.labels, labels)): held[places] = -1 if x is None else x
+        self.next.copy_((self.next + (len(places) if known is None else (~known).sum())) % size)
 
-# %% ../../nbs/api/losses/09_trained.ipynb #6f039dab
+# %% ../../nbs/api/losses/09_trained.ipynb #3758faf8
 class _Contrast(_Shown):
     "The value of CRD, and what its bank does."
     def values(self, student, teacher, ids=None, labels=None):
         bank, wide = self.layers["bank"], self.layers["student"].weight.dtype
         s, t = (unit(self.layers[n](x.flatten(1))) for n, x in (("student", student), ("teacher", teacher)))
-        places = bank.places(len(s)) if ids is None else ids
-        drawn, out = bank.draw(places, labels, self.others)
+        at = bank.places(len(s), ids)
+        drawn, out = bank.draw(at[0], labels, self.others)
         pair, total, means = (s * t).sum(1) / self.tau, 0, []
         for i, (anchor, others) in enumerate(((s, bank.teacher), (t, bank.student))):
             scores = anchor @ others.clone().T / self.tau # a clone: the bank is written to before backward
@@ -566,11 +574,10 @@ class _Contrast(_Shown):
         if not (self.training and torch.is_grad_enabled() and len(s)): return total
         with torch.no_grad():
             bank.log_mean.copy_(bank.log_mean.where(~bank.log_mean.isnan(), torch.stack(means)))
-            keep, step = (0., len(s)) if ids is None else (self.momentum, 0)
-            bank.remember(places, s, t, labels, keep, step)
+            bank.remember(at, (s, t), ids, labels, self.momentum)
         return total
 
-# %% ../../nbs/api/losses/09_trained.ipynb #5386ac93
+# %% ../../nbs/api/losses/09_trained.ipynb #804fbf32
 class CRD(_Contrast):
     """Contrastive representation distillation: are this student's and that teacher's embedding of one sample?
 
@@ -579,14 +586,16 @@ class CRD(_Contrast):
     teachers plus the teacher against the bank of students. Features of any shape. Tian et al. 2020
     (arXiv:1910.10699), equations 17 and 18. Where we write e^c the paper has N/M; the authors' code has our constant.
     Their code takes the pair from the bank, the paper and we take it from the batch. With labels, others of the same
-    class do not count, as they do there. Called as `(student, teacher, target=None, *, ids=None, mask)`. Weight: 0.8."""
-    term, dims = "crd", (2, 3, 4)
+    class do not count, as they do there. The bank is keyed by ids of samples (in a run: of batches that carry them, as for
+    `kd.cache`), else it is a queue; a new sample takes the oldest place, theirs is mixed with the noise that the bank
+    starts from. Called as `(student, teacher, target=None, *, ids=None, mask)`. Weight: 0.8."""
+    term, dims, couples, takes_ids = "crd", (2, 3, 4), True, True
 
     def __init__(self,
         student:tuple|Tensor|None=None, # shape of the student's features, the batch first, or the features; None waits
         teacher:tuple|Tensor|None=None, # the teacher's
         *,
-        size:int=16384, # places in the bank: how many samples there are, if ids are given
+        size:int=16384, # places in the bank, >= 1; if ids are given, as many as there are samples
         width:int=128, # of the embeddings
         others:int|None=None, # how many are drawn from the bank for each sample; None: all
         tau:float=0.07, # temperature of the scores, > 0
