@@ -211,13 +211,15 @@ class Standardized(_Around):
         "The parts of the loss inside."
         return self.loss.parts(*self._standard(student, teacher), target, **options)
 
-# %% ../../nbs/api/losses/10_logits.ipynb #dc93a56f
+# %% ../../nbs/api/losses/10_logits.ipynb #31d2bfad
 class RowWeighted(_Around):
     """A loss whose rows are weighted by `by(student, teacher, target)`, times the `row_weight` that is passed.
 
     `by` returns one number a row and is not differentiated. The mean still divides by the rows that count. With
-    normalize=True the weights are divided by their mean first, so that the loss keeps its size."""
+    normalize=True the weights are divided by their mean over the batch first, so that the loss keeps its size; it then
+    compares samples with each other, and four micro-batches are no longer one batch (`kd.distill` notes it)."""
     written = "rows weighted, {}"
+    couples = property(lambda self: self.normalize)
 
     def __init__(self,
         loss:Loss, # a soft loss on rows of logits, or a weighted sum of such
