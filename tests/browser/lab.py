@@ -29,6 +29,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]
 SETTINGS = {
     "apputils-extension/notification": {"checkForUpdates": False, "fetchNews": "false"},
+    "docmanager-extension/plugin": {"autosave": False},  # one that meets a save of ours leaves it waiting for ever
     "notebook-extension/tracker": {"windowingMode": "none"},  # else cells off screen are not in the page
 }
 
@@ -194,14 +195,16 @@ class Book:
         "Wait for the notebook and its kernel."
         self.page.wait_for_function(f"() => {KERNEL}?.status === 'idle'", timeout=timeout * 1000)
 
-    def command(self, name, args=None):
-        return self.page.evaluate("([name, args]) => window.jupyterapp.commands.execute(name, args).then(() => 1)",
-                                  [name, args or {}])
+    def command(self, name, args=None, timeout=60):
+        "Have JupyterLab do it, and wait: `evaluate` alone would wait for ever."
+        late = "new Promise((_, no) => setTimeout(() => no(new Error(`${name} took over ${s} s`)), 1000 * s))"
+        self.page.evaluate("([name, args, s]) => Promise.race([window.jupyterapp.commands.execute(name, args).then(() => 1), "
+                           f"{late}])", [name, args or {}, timeout])
 
     def run_all(self, timeout=120):
         "Run all cells and wait until the kernel is idle."
         self.page.set_default_timeout(timeout * 1000)
-        self.command("notebook:run-all-cells")
+        self.command("notebook:run-all-cells", timeout=timeout)
         self.ready(timeout)
         self.page.set_default_timeout(20_000)
 
