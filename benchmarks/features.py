@@ -2,8 +2,8 @@
 limits.
 
 As in soft_kl.py: CPU time of one thread, medians, contenders in turn and the order rotating; each gradient is dropped before
-the next call, so that kdlab recycles its memory, and "fresh" frees that memory first. Everything is timed once more in a
-process whose heap keeps what is freed ("warm"): PyTorch then pays for no fresh pages either. The triads move as many bytes
+the next call, so that kdlab recycles its memory, and "fresh" frees that memory first. With --warm everything is timed once
+more in a process whose heap keeps what is freed: PyTorch then pays for no fresh pages either. The triads move as many bytes
 as a loss must: two tensors read, one written. Memory is the growth of the process's peak over one call (Linux), in a
 process of its own. The last table has every goal of issue 3 beside what was reached.
 """
@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -180,6 +179,7 @@ def report(name, heap, times, megabytes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=6, help="for each loss and heap (default: 6)")
+    parser.add_argument("--warm", action="store_true", help="once more in a process whose heap keeps what is freed (glibc)")
     parser.add_argument("--only", nargs="+", choices=WORK, default=list(WORK), help="which losses (default: all)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
@@ -193,7 +193,7 @@ def main():
     where, rows, reached, with_compile = machine(), [], [], not args.no_compile
     print(", ".join(f"{k} {v}" for k, v in where.items()))
     for name in args.only:
-        for heap in ["default", "warm"] if platform.libc_ver()[0] == "glibc" else ["default"]:
+        for heap in ["default", "warm"] if args.warm else ["default"]:
             times = in_own_process("measure", heap, name, heap, args.seconds, with_compile)
             megabytes = {}
             if heap == "default" and sys.platform.startswith("linux") and not args.no_memory:

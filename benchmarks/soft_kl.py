@@ -7,8 +7,10 @@ Contenders take turns, and the order rotates from round to round. Each gradient 
 kdlab recycles its memory; "fresh" frees that memory first. PyTorch pays for fresh pages in large tensors, so everything
 is timed once more in a process whose heap keeps what is freed ("warm"). "close rows" is the function on a student that
 has nearly converged; the other divergences are there by name, with their usual weights. The last table has every goal
-of issue 3 beside what was reached; they are meant for AVX-512, and `--isa avx512 avx2 base` shows what a machine with
-less gets.
+of issue 3 beside what was reached. They are meant for AVX-512; below them is what a machine with less gets.
+
+Without arguments it times what the goals need, in a few minutes. With any of --shape, --dtype, --threads and --isa: every
+contender on every combination of them.
 """
 import argparse
 import csv
@@ -112,8 +114,9 @@ def triads(student, teacher):
         {"streaming triad": call("streaming_triad")} if code.streaming_triad(*pointers, ctypes.c_int64(0), 1) else {})
 
 
-def contenders(shape, dtype, heap, with_compile):
-    "Functions that do one forward and backward, by name; freshly compiled, as compiled code keeps its thread count."
+def contenders(shape, dtype, heap, with_compile, only):
+    """Functions that do one forward and backward, by name; freshly compiled, as compiled code keeps its thread count.
+    All of them, or those in `only`."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     student, teacher = (torch.randn(shape).to(dtype) for _ in range(2))
@@ -137,22 +140,24 @@ def contenders(shape, dtype, heap, with_compile):
                    "CE + KD eager": eager_both}
         if with_compile:
             losses["CE + KD compile"] = compiled(eager_both)
-        if student.nbytes >= ops._LARGE:
+        if shape in LARGE:
             losses["fresh"] = fresh
         for name in FAMILY:
             losses[name] = lambda s, t, y, f=getattr(kd.functional, name): f(s, t, T=T)
     run = lambda loss, student: lambda: torch.autograd.grad(loss(student, teacher, target), student)
     functions = {k: run(f, student) for k, f in losses.items()}
     if heap == "default":
-        functions |= {"close rows": run(losses["function"], close)} | triads(student, teacher)
-    return functions
+        functions |= {"close rows": run(losses["function"], close)}
+        if only is None or "plain triad" in only:
+            functions |= triads(student, teacher)
+    return {k: f for k, f in functions.items() if only is None or k in only}
 
 
-def measure(shape, dtype, threads, heap, seconds, with_compile):
+def measure(shape, dtype, threads, heap, seconds, with_compile, only):
     "Median, 10th percentile and best of each contender in microseconds."
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    functions = contenders(shape, dtype, heap, with_compile)
+    functions = contenders(shape, dtype, heap, with_compile, only)
 
     def sample(function, calls, clock):
         start = clock()
@@ -220,6 +225,28 @@ def report(job, result):
     return reached
 
 
+def jobs_of(args):
+    "What to time: every combination of what was asked for, or else what the goals need, and a look at less."
+    best, heaps = _C.info()["isa"], ["default", "warm"] if platform.libc_ver()[0] == "glibc" else ["default"]
+    shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
+    if args.shape or args.dtype or args.threads or args.isa:
+        jobs = [(isa, dtype, threads, shape, heap, None)
+                for isa in args.isa or [best] for dtype in args.dtype or ["float32", "bfloat16"]
+                for threads in args.threads or [1, 2] for shape in shapes for heap in heaps]
+    else:
+        needed = {}
+        for goal_shapes, dtype, heap, over, under, *_ in GOALS:
+            for shape in goal_shapes:
+                needed.setdefault((shape, dtype, heap), {"function"}).update([over, under])
+        jobs = [(best, dtype, 1, shape, heap, sorted(names)) for (shape, dtype, heap), names in needed.items() if heap in heaps]
+        few = ["compile", "eager", "function", "plain triad", "streaming triad"]
+        jobs += [(best, "float32", 2, LARGE[0], "default", few)]
+        jobs += [(isa, "float32", 1, shape, "default", few + ["CE + KD", "close rows"])
+                 for isa in reversed(_C.info()["isas"]) if isa != best for shape in MEDIUM + LARGE[:1]]
+    names = "isa", "dtype", "threads", "shape", "heap", "only"
+    return [dict(zip(names, job), seconds=0.5 if args.quick else 4, with_compile=not args.no_compile) for job in jobs]
+
+
 def write_csv(path, rows):
     "All or nothing: a run that is stopped leaves the old file."
     part = path.with_name(path.name + ".part")
@@ -233,11 +260,10 @@ def write_csv(path, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="half a second for each row instead of four")
-    parser.add_argument("--dtype", default=["float32", "bfloat16"], nargs="+", choices=DTYPES, help="of the logits")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
-    parser.add_argument("--shape", nargs="+", help="such as 128x10 (default: all)")
-    parser.add_argument("--isa", nargs="+", choices=_C.info()["isas"], default=[_C.info()["isa"]],
-                        help="instruction sets of the compiled core (default: the best)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the logits")
+    parser.add_argument("--threads", type=int, nargs="+", help="thread counts")
+    parser.add_argument("--shape", nargs="+", help="such as 128x10")
+    parser.add_argument("--isa", nargs="+", choices=_C.info()["isas"], help="instruction sets of the compiled core")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"), help="where the CSV goes")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -249,13 +275,7 @@ def main():
 
     where, rows, reached = machine(), [], []
     print(", ".join(f"{k} {v}" for k, v in where.items()))
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
-    heaps = ["default", "warm"] if platform.libc_ver()[0] == "glibc" else ["default"]
-    jobs = [dict(shape=shape, dtype=dtype, isa=isa, threads=threads, heap=heap, seconds=0.5 if args.quick else 4,
-                 with_compile=not args.no_compile)
-            for isa in args.isa for dtype in args.dtype for threads in args.threads
-            for shape in shapes for heap in heaps]
-    for job in jobs:
+    for job in jobs_of(args):
         result = measure_in_own_process(**job)
         reached += report(job, result)
         sys.stdout.flush()

@@ -351,6 +351,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("empty", &empty, "A tensor on the CPU, uninitialised, as a DLPack capsule; large ones from recycled memory.",
           "shape"_a, "dtype"_a);
     m.def("empty_cache", &kdlab::pool_clear, "Free the recycled memory that nobody uses.");
+    m.attr("pooled_from") = kdlab::pooled_from;
     m.def("pool", &pool, "Recycled memory: limit and idle bytes, idle buffers, how often reused and fresh.");
     m.def("info", &info, "Instruction set in use, those that run here, OpenMP, threads, compiler.");
     m.def("set_isa", &set_isa, "Use avx512, avx2 or base, or the best below it that this CPU has.");

@@ -15,6 +15,7 @@ namespace kdlab {
 namespace {
 
 constexpr size_t page = size_t(2) << 20;          // a huge page
+constexpr size_t grain = size_t(64) << 10;        // of the sizes of buffers
 
 #if defined(_WIN32)
 void* map(size_t bytes) { return _aligned_malloc(bytes, page); }
@@ -22,8 +23,10 @@ void unmap(void* p, size_t) { _aligned_free(p); }
 #else
 // Straight from the system: malloc would keep what is freed, and learn a larger threshold from it.
 void* map(size_t bytes) {
-    char* whole = static_cast<char*>(mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0));
+    const size_t more = bytes < page ? 0 : page;      // for the alignment that huge pages want
+    char* whole = static_cast<char*>(mmap(nullptr, bytes + more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0));
     if (whole == MAP_FAILED) return nullptr;
+    if (!more) return whole;
     size_t before = (page - reinterpret_cast<uintptr_t>(whole) % page) % page;
     if (before) munmap(whole, before);
     munmap(whole + before + bytes, page - before);
@@ -83,7 +86,7 @@ Pool& pool() {
 }  // namespace
 
 Buffer pool_take(size_t bytes) {
-    bytes = (bytes + page - 1) / page * page;
+    bytes = (bytes + grain - 1) / grain * grain;
     Buffer buffer;
     {
         Pool& p = pool();

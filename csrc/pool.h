@@ -6,15 +6,15 @@
 
 namespace kdlab {
 
-constexpr size_t pooled_from = size_t(4) << 20;   // bytes; smaller buffers are cheap to allocate
+constexpr size_t pooled_from = size_t(1) << 18;   // bytes; malloc returns no less than 128 KiB to the system
 
 struct Buffer {
     void* data;
-    size_t capacity;            // bytes, a multiple of 2 MiB
+    size_t capacity;            // bytes, a multiple of 64 KiB
 };
 
 // All of these may be called from any thread, with or without Python, also in a forked child.
-Buffer pool_take(size_t bytes);                   // 2 MiB-aligned; data is null when memory is out
+Buffer pool_take(size_t bytes);                   // aligned to 2 MiB if as large; data is null when memory is out
 void pool_give(Buffer buffer);
 void pool_clear();                                // free what nobody uses
 

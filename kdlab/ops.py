@@ -186,12 +186,11 @@ class _Call:
 
     def empty_grad(self)->Tensor: return _empty_grad(self.student.shape, self.dtype, self.student.device)
 
-# %% ../nbs/api/02_ops.ipynb #23dfae4d
-_LARGE = 4 << 20 # bytes from which a gradient's memory is recycled
-
+# %% ../nbs/api/02_ops.ipynb #6cf3b1ec
 def _empty_grad(shape:torch.Size, dtype:torch.dtype, device:torch.device)->Tensor:
     "A contiguous tensor for a gradient; on the CPU a large one lies in recycled memory."
-    if device.type != "cpu" or len(shape) > 8 or math.prod(shape) * dtype.itemsize < _LARGE or _C is None:
+    small = _C is None or math.prod(shape) * dtype.itemsize < _C.pooled_from
+    if small or device.type != "cpu" or len(shape) > 8:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_dlpack(_C.empty(shape, _CODES[dtype]))
 

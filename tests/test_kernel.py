@@ -246,6 +246,71 @@ def test_near_convergence(isa, dtype, cols):
                 assert_grad(r.grad, T * T * grad, dtype)
 
 
+BEGIN_CLOSE = {  # what follows the first hundred classes; the two may be changed in place
+    "close to the end": lambda s, t: None,
+    "far apart later": lambda s, t: np.multiply(s[:, 700:], -1, out=s[:, 700:]),
+    "one class apart": lambda s, t: np.add(s[:, 900], 7, out=s[:, 900]),
+    "shifted later": lambda s, t: np.add(s[:, 100:], 0.4, out=s[:, 100:]),
+    "drifting": lambda s, t: np.add(s, np.linspace(0, 0.6, s.shape[1]), out=s),
+    "both rising": lambda s, t: [np.add(x, np.linspace(0, 30, s.shape[1]), out=x) for x in (s, t)],
+    "sure": lambda s, t: [np.add(x[:, 800], more, out=x[:, 800]) for x, more in ((s, 12.1), (t, 12))],
+    "very sure": lambda s, t: [np.add(x[:, 800], more, out=x[:, 800]) for x, more in ((s, 30.1), (t, 30))],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("later", BEGIN_CLOSE)
+def test_rows_that_begin_close(isa, dtype, later):
+    "The first classes decide in which form a row is tried; the result is right whatever follows."
+    y = np.arange(12)
+    for cols in (1271, 1280):
+        t, noise = logits(12, cols, seed=6, scale=2)
+        for distance, offset in ((1e-3, 0), (0.05, 0), (0.05, 30)):
+            s = t + distance * noise + offset
+            t_now = t.copy()
+            BEGIN_CLOSE[later](s, t_now)
+            s, t_now = rounded(s, dtype), rounded(t_now, dtype)
+            ce, ce_grad = cross_entropy(s, y)
+            for T in (1.0, 4.0, 20.0):
+                kl, grad = near(s, t_now, T)
+                r = soft_kl(s, t_now, dtype=dtype, T=T)
+                assert_close(r.out, T * T * kl)
+                assert_grad(r.grad, T * T * grad, dtype)
+                r = soft_kl(s, t_now, y, dtype=dtype, T=T, kl_weight=0.5, ce_weight=0.5)
+                assert_close(r.kl, T * T * kl)
+                assert_close(r.ce, ce)
+                assert_grad(r.grad, (T * T * grad + ce_grad) / 2, dtype)
+
+
+def test_excluded_classes_in_rows_that_begin_close(isa):
+    t, noise = logits(4, 300, seed=7)
+    s = t + 0.01 * noise
+    s[:3, 200], t[:2, 200] = -INF, -INF  # both, both, only the student
+    s, t = rounded(s, "float32"), rounded(t, "float32")
+    s[1, 210] = t[1, 210] = NAN
+    r = soft_kl(s, t, T=4.0)
+    kl, grad = near(np.delete(s, 200, 1), np.delete(t, 200, 1), 4.0)
+    assert_close(r.out[[0, 3]], 16 * np.append(kl[0], near(s[3:], t[3:], 4.0)[0]))
+    assert_grad(np.delete(r.grad[:1], 200, 1), 16 * grad[:1], "float32")
+    assert r.grad[0, 200] == 0 and np.isnan(r.out[1]) and np.isnan(r.grad[1]).all() and r.out[2] == INF
+    assert_grad(r.grad[2:3], 16 * definition(s[2:3], t[2:3], 4.0)[1], "float32")
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 8])
+def test_hard_label_beside_a_temperature(isa, T):
+    "At some temperatures the label's exponentials are made from the teacher's and student's; that costs no digits."
+    for scale in (1, 6):
+        s, t = (rounded(x, "float32") for x in logits(16, 1271, seed=9, scale=scale))
+        y = s.argmax(-1)
+        y[8:] = np.random.default_rng(2).integers(0, 1271, 8)
+        kl, kl_grad = definition(s, t, T)
+        ce, ce_grad = cross_entropy(s, y)
+        r = soft_kl(s, t, y, T=float(T), kl_weight=0.5, ce_weight=0.5)
+        assert_close(r.kl, T * T * kl, what="kl")
+        assert_close(r.ce, ce, what="ce")
+        assert_grad(r.grad, (T * T * kl_grad + ce_grad) / 2, "float32")
+
+
 def test_confident_rows(isa):
     "Both sure of one class: the gradient is far smaller than the probabilities that it is the difference of."
     rng = np.random.default_rng(0)

@@ -45,11 +45,11 @@ def run_python(code, **environment):
 # memory that is used again
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
-@pytest.mark.parametrize("shape", [(), (0, 5), (3, 5), (2, 3, 4), (2, MIB), (5 * MIB + 1,)])
+@pytest.mark.parametrize("shape", [(), (0, 5), (3, 5), (2, 3, 4), (300, 1000), (2, MIB), (5 * MIB + 1,)])
 def test_a_capsule_becomes_an_ordinary_tensor(dtype, shape):
     x = tensor(*shape, dtype=dtype)
     assert x.shape == shape and x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous()
-    assert x.data_ptr() % (2 * MIB if x.nbytes >= 4 * MIB else 64) == 0 or x.numel() == 0
+    assert x.data_ptr() % (2 * MIB if x.nbytes >= 2 * MIB else 64) == 0 or x.numel() == 0
     assert (x.fill_(1) == 1).all() and x.clone().sum(dtype=torch.float64) == x.numel()
 
 
@@ -78,8 +78,10 @@ def test_memory_comes_back_from_another_thread():
 
 def test_small_tensors_do_not_use_the_pool():
     before = _C.pool()
-    tensor(MIB - 1)
+    tensor(_C.pooled_from // 4 - 1)
     assert _C.pool() == before
+    tensor(_C.pooled_from // 4)
+    assert _C.pool()["idle"] == _C.pooled_from
 
 
 def test_sizes_that_fit_share_memory_and_others_do_not():

@@ -5,7 +5,8 @@
 // overlap. Nothing is spent on finding the maxima first: exponentials are relative to a reference, the maximum of the
 // row's first elements. Where the row exceeds it by much, its maximum so far becomes the new reference, and what was
 // made with older ones is brought up to date at the end. Rows where the fast form is too coarse are then done again in
-// close form, or careful form.
+// close form, or careful form. But where the first elements say that student and teacher nearly agree, the sweep for the
+// forward KL is made in near form, and is mostly all that is needed.
 //
 // The gradient is always a mixture of two scratch rows. For the forward KL they are the exponentials themselves; for the
 // reverse KL the second is e_s (b - a). The other divergences need both sums Z before their slopes, and replace the
@@ -18,9 +19,11 @@ struct Row {
     const E *s, *t;
     E* grad;
     R from_s, from_t;                       // the references
+    R apart;                                // about s - t, where the row is tried in near form
 };
 
-// What a part of a row adds up to; `entropy` is the sum of e_t b
+// What a part of a row adds up to; `entropy` is the sum of e_t b. In near form zs is the sum of e_t psi(w), m that of
+// e_t (e^w - 1).
 template <class V>
 struct Part { V zs, zt, m, zh, entropy; };
 
@@ -47,6 +50,7 @@ template <class V>
 struct Sums {
     RelativeSum<V> zs, zt, m, zh, entropy;
     V top_s = all<V>(-INFINITY), top_t = top_s;             // maxima of the row so far
+    V top_w = V{}, top_change = V{};                        // in near form: of |w| and of e_t |e^w - 1|
     bool raised = false;                                    // was the reference changed?
 
     template <int kSweep, bool kCE>
@@ -89,6 +93,7 @@ class WideRows {
     static constexpr bool kForward = kSweep == KDLAB_FORWARD_KL || kSoftCE;
     typedef VecOf<E> V;
     typedef Real<V> R;
+    static constexpr bool kNears = kSweep == KDLAB_FORWARD_KL && sizeof(R) == 4;        // has it a near form?
 
     const Job& job;
     const int64_t cols, padded, end;
@@ -136,7 +141,25 @@ class WideRows {
         row.from_t = std::fmax(max_of(t), Scalar<V>::least);
     }
 
+    // Is the row to be tried in near form? Then `apart` is the mean of s - t over its first elements.
+    bool looks_near(Row<E>& row) const {
+        constexpr int few = 64;
+        if (cols < few) return false;
+        const V first = all<V>(to_real(row.s[0]) - to_real(row.t[0]));
+        const R most = R(0.5) * series_range<V> * R(job.T);
+        if (!(max_of(abs(load(row.s) - load(row.t) - first)) < most)) return false;      // the ordinary case
+        V sum = V{}, farthest = V{};
+        for (int i = 0; i < few; i += lanes<V>) {
+            const V d = load(row.s + i) - load(row.t + i);
+            sum = sum + d;
+            farthest = max(abs(d - first), farthest);
+        }
+        row.apart = R((sum_of(low_half(sum)) + sum_of(high_half(sum))) / few);
+        return max_of(farthest) < most && std::isfinite(row.apart);
+    }
+
     // From now on the maxima so far are the references.
+    template <bool kNear>
     void raise_references(Row<E>& row, Sums<V>& z) const {
         const Row<E> old = row;
         row.from_s = std::fmax(row.from_s, max_of(z.top_s));
@@ -144,8 +167,10 @@ class WideRows {
         if (kKL) {
             row.from_t = std::fmax(row.from_t, max_of(z.top_t));
             double up_t = double(row.from_t) - double(old.from_t), zs = z.zs.total(), zt = z.zt.total();
-            double fall_s = std::exp(-up_s / job.T), fall_t = std::exp(-up_t / job.T);
-            z.m.replace((z.m.total() + (up_s - up_t) * (kReverse ? zs : zt)) * (kReverse ? fall_s : fall_t));
+            double fall_t = std::exp(-up_t / job.T), fall_s = kNear ? fall_t : std::exp(-up_s / job.T);
+            double more = kNear ? 0 : (up_s - up_t) * (kReverse ? zs : zt);
+            z.m.replace((z.m.total() + more) * (kReverse ? fall_s : fall_t));
+            z.top_change = z.top_change * R(fall_t);
             z.entropy.replace((z.entropy.total() - up_t * zt) * fall_t);
             z.zt.replace(zt * fall_t);
             z.zs.replace(zs * fall_s);
@@ -168,13 +193,14 @@ class WideRows {
     }
 
     // Makes all exponentials relative to the row's last references.
+    template <bool kNear>
     void bring_up_to_date(const Row<E>& row) const {
         const Reference* from = references;
         for (int64_t i = 0; i < cols; i += step, ++from) {
             const int64_t n = cols - i < step ? cols - i : step;
             const R up_s = row.from_s - from->s, up_t = row.from_t - from->t;
             if (kReverse) lower_differences(i, n, up_s, up_s - up_t);
-            if (kKL) lower(x.es + i, n, up_s, temperature);
+            if (kKL) lower(x.es + i, n, kNear ? up_t : up_s, temperature);
             if (kKL && !kReverse) lower(x.et + i, n, up_t, temperature);
             if (kCE) lower(x.h + i, n, row.from_s - from->s, one);
         }
@@ -193,8 +219,8 @@ class WideRows {
     }
 
     // Elements from `begin` to `end`: exponentials and sums of `row`, and if kGrad the gradient of the row before. What
-    // lies behind the row's end counts nothing.
-    template <bool kGrad>
+    // lies behind the row's end counts nothing. kPower: T, where e^a is made from e^(a/T); else 0.
+    template <bool kGrad, bool kNear, int kPower>
     Part<V> part(const Row<E>& row, E* grad, const Factors<V>& factors, int64_t begin, int64_t end, Sums<V>& z) const {
         const E *const row_s = row.s, *const row_t = row.t;                      // all of these in registers
         const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
@@ -203,11 +229,24 @@ class WideRows {
         const Factors<V> f = factors;
         const bool past_cache = job.stream;
         const bool second_cache = this->second_cache;
-        V top_s = z.top_s, top_t = z.top_t;
+        const V apart = all<V>(row.apart), inverse_T = all<V>(R(1 / job.T));
+        V top_s = z.top_s, top_t = z.top_t, top_w = z.top_w, top_change = z.top_change;
         auto exponentials = [&](int64_t i, V s, V t, Part<V>& p) {
             V a = s - from_s;
-            top_s = max(s, top_s);
-            if (kKL) {
+            if (!kNear || kCE) top_s = max(s, top_s);
+            if (kNear) {
+                const Difference<V> d(s, t);
+                const V et = quick_exp(t - from_t, T), w = ((d.difference - apart) + d.error) * inverse_T, above = psi(w);
+                const V change = et * (w + above);
+                top_t = max(t, top_t);
+                top_w = max(abs(w), top_w);
+                top_change = max(abs(change), top_change);
+                p.zs = fma(et, above, p.zs);
+                p.zt = p.zt + et;
+                p.m = p.m + change;
+                store(x.es + i, change);
+                store(x.et + i, et);
+            } else if (kKL) {
                 V b = t - from_t, es = quick_exp<is_mixture(kSweep)>(a, T), et = quick_exp<is_mixture(kSweep)>(b, T);
                 top_t = max(t, top_t);
                 p.zs = p.zs + es;
@@ -223,7 +262,8 @@ class WideRows {
                 store(x.et + i, et);
             }
             if (kCE) {
-                V h = quick_exp(a, one);
+                V h = kPower ? load(x.es + i) : quick_exp(a, one);
+                for (int k = kPower; k > 1; k /= 2) h = h * h;
                 store(x.h + i, h);
                 p.zh = p.zh + h;
             }
@@ -251,11 +291,17 @@ class WideRows {
         if (i < end) {
             const int n = static_cast<int>(end - i);
             if (kGrad) store_part(grad + i, n, gradient_at(x, i, f));
-            exponentials(i, load_part(row_s + i, n, nothing_to(row.from_s)),
-                         load_part(row_t + i, n, nothing_to(row.from_t)), odd);
+            V no_s = nothing_to(row.from_s), no_t = nothing_to(row.from_t);
+            if (kNear) {                                    // with a small w
+                no_t = all<V>(row.from_t - R(110) * std::fmax(R(1), R(job.T)));
+                no_s = no_t + apart;
+            }
+            exponentials(i, load_part(row_s + i, n, no_s), load_part(row_t + i, n, no_t), odd);
         }
         z.top_s = top_s;
         z.top_t = top_t;
+        z.top_w = top_w;
+        z.top_change = top_change;
         return even + odd;
     }
 
@@ -266,26 +312,38 @@ class WideRows {
         return fast_gradient<kKL, kCE>(load(x.es + i), load(x.et + i), load(x.h + i), f);
     }
 
-    // Exponentials and sums of `row`, and if kGrad the gradient of the row before
-    template <bool kGrad>
+    // Exponentials and sums of `row`, and the gradient of the row before if there is one
+    template <bool kNear, int kPower>
     Sums<V> sweep(Row<E>& row, E* grad, const Factors<V>& f) const {
         Sums<V> z;
         bool raised = false;
         Reference* from = references;
         for (int64_t begin = 0; begin < cols; begin += step) {
             const int64_t end = begin + step < cols ? begin + step : cols;
-            Part<V> p = part<kGrad>(row, grad, f, begin, end, z);
+            const V top_change = z.top_change;
+            Part<V> p = grad ? part<true, kNear, kPower>(row, grad, f, begin, end, z)
+                             : part<false, kNear, kPower>(row, grad, f, begin, end, z);
             if (max_of(max(z.top_s - row.from_s, z.top_t - row.from_t)) > margin) {
                 raised = true;
-                raise_references(row, z);
-                p = part<false>(row, grad, f, begin, end, z);
+                z.top_change = top_change;                  // this part counts anew
+                raise_references<kNear>(row, z);
+                p = part<false, kNear, kPower>(row, grad, f, begin, end, z);
             }
             *from++ = {row.from_s, row.from_t};
             z.template carry<kSweep, kCE>(p);
         }
-        if (raised) bring_up_to_date(row);
+        if (raised) bring_up_to_date<kNear>(row);
         z.raised = raised;
         return z;
+    }
+
+    Sums<V> ordinary_sweep(Row<E>& row, E* grad, const Factors<V>& f) const {
+        if constexpr (kCE && kSweep == KDLAB_FORWARD_KL) {
+            if (job.T == 1) return sweep<false, 1>(row, grad, f);
+            if (job.T == 2) return sweep<false, 2>(row, grad, f);
+            if (job.T == 4) return sweep<false, 4>(row, grad, f);
+        }
+        return sweep<false, 0>(row, grad, f);
     }
 
     // M where 0 * -inf = 0
@@ -313,9 +371,11 @@ class WideRows {
     }
 
     // KL of the row in close form, with lambda = 0: M = sum p_t (e^w - 1) is about 0 here. p_t (e^w - 1) takes the place
-    // of e_s, so that the gradient is made as for every row, from p_s - p_t = (p_t (e^w - 1) - M p_t) / (1 + M).
-    double close_row(const Row<E>& row, double zs, double zt, double kl_grad, Factors<V>& f) const {
-        const double c = double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);
+    // of e_s, so that the gradient is made as for every row, from p_s - p_t = (p_t (e^w - 1) - M p_t) / (1 + M). After a
+    // sweep in near form M may still be too large beside that; then NaN.
+    template <bool kNear>
+    double close_row(const Row<E>& row, double c, double zs, double zt, double top, double kl_grad,
+                     Factors<V>& f) const {
         Close<V> k = {};
         k.c = all<V>(R(c));
         k.c_error = all<V>(R(c - double(R(c))));
@@ -323,11 +383,14 @@ class WideRows {
         k.pt = all<V>(R(1 / zt));
         k.ps = all<V>(R(1 / zs));
         RowSum<V> mass, value;
+        V most = V{};
         auto one = [&](V s, V t, int64_t i) {
             prefetch(row.s + job.student_stride + i);       // of the next row, while memory would be idle
             prefetch(row.t + job.teacher_stride + i);
-            CloseTerms<V> terms = close_terms(s, t, load(x.es + i), load(x.et + i), k);
+            const V et = load(x.et + i), es = kNear ? load(x.es + i) + et : load(x.es + i);
+            CloseTerms<V> terms = close_terms(s, t, es, et, k);
             store(x.es + i, terms.gradient);
+            if (kNear) most = max(abs(terms.gradient), most);
             mass.add(terms.gradient);
             value.add(terms.value);
         };
@@ -335,9 +398,25 @@ class WideRows {
                      [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
                      [&] { mass.carry(); value.carry(); });
         const double M = mass.total();
+        if (kNear && max_of(most) < 2 * top * std::fabs(M)) return NAN;
         f.s = all<V>(R(kl_grad / (1 + M)));
         f.t = all<V>(R(kl_grad * M / (1 + M) / zt));
         return value.total() + (std::log1p(M) - M);
+    }
+
+    // KL of the row after a sweep in near form. With w = v + lambda, M = sum p_t (e^w - 1) = e^lambda - 1, and KL and
+    // gradient are as in close form. Where lambda is not small beside the largest v that matters, they would lose digits
+    // in it: then the row is done again with lambda taken out. NaN: this is not the form for it.
+    double near_row(const Row<E>& row, const Sums<V>& z, double kl_grad, Factors<V>& f) const {
+        if (!(max_of(z.top_w) < series_range<V> && std::isfinite(z.m.total()))) return NAN;
+        const double zt = z.zt.total(), M = z.m.total() / zt, lambda = std::log1p(M);
+        const double above = z.zs.total() / zt, kl = above - (M - lambda);
+        const double top = max_of(softened_exp(z.top_t - row.from_t, temperature));
+        if (kl < 0.5 * above || max_of(z.top_change) < 2 * top * std::fabs(M))
+            return close_row<true>(row, row.apart + job.T * lambda, zt * (1 + M), zt, top / zt, kl_grad, f);
+        f.s = all<V>(R(kl_grad / zt / (1 + M)));
+        f.t = all<V>(R(kl_grad / zt / (1 + M) * M));
+        return kl;
     }
 
     // Does the student exclude a class (-inf) that the teacher does not? Then KL is +inf. For the reverse KL: the teacher.
@@ -373,6 +452,32 @@ class WideRows {
         }
     }
 
+    // The divergence of the row after an ordinary sweep
+    double divergence(const Row<E>& row, const Sums<V>& z, double g, Factors<V>& f) const {
+        const double zs = z.zs.total(), zt = z.zt.total(), summed = z.m.total();
+        const bool excludes = !std::isfinite(summed);       // a class at -inf, or the row is spoiled anyway
+        const bool row_is_fine = zs > 0 && zt > 0;          // neither NaN nor a row wholly at -inf
+        if (kForward && job.kind != KDLAB_TOTAL_VARIATION) {
+            const double m = excludes ? sum_of_differences(row) : summed, ratio = std::log(zs / zt);
+            f.s = all<V>(R(g / zs));
+            f.t = all<V>(R(g / zt));
+            double kl = row_is_fine ? m / zt / job.T + ratio : NAN;
+            if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
+            else if (is_close(row, kl, zs, zt, z))
+                kl = close_row<false>(row, double(row.from_s) - double(row.from_t) + job.T * ratio, zs, zt, 1, g, f);
+            if (kSoftCE)
+                kl += FamilyRows<KDLAB_SOFT_CROSS_ENTROPY, V>(job, temperature, x)
+                          .entropy_of(real(row), max_of(z.top_t), z.entropy.total(), zt, excludes);
+            return kl;
+        }
+        if (!row_is_fine || (kReverse && excludes && excludes_more(row))) {
+            f.s = f.t = all<V>(NAN);
+            return row_is_fine ? INFINITY : NAN;
+        }
+        const double m = excludes && !kReverse ? sum_of_differences(row) : summed;
+        return family(real(row), {zs, zt, m, max_of(z.top_s), max_of(z.top_t), z.raised || excludes}, g, f);
+    }
+
     // CE with label y. Leaves h_y - Z_h in the place of h_y, so that the gradient is h / Z_h everywhere; from the other
     // classes where the label has most of the mass, because the difference would cancel.
     double hard_label(const Row<E>& row, int64_t y, double zh) const {
@@ -404,37 +509,27 @@ public:
         Factors<V> f = {};
         for (int64_t r = next_row(begin); r < end; r = next_row(r + 1)) {
             Row<E> row = row_at(r);
-            Sums<V> z = pending ? sweep<true>(row, pending, f) : sweep<false>(row, nullptr, f);
+            bool near = false;
+            if constexpr (kNears) near = job.kind == KDLAB_FORWARD_KL && looks_near(row);
+            Sums<V> z = near ? sweep<kNears, 0>(row, pending, f) : ordinary_sweep(row, pending, f);
             pending = row.grad;
-            const double g = job.grad_scale(r);
+            const double g = job.grad_scale(r), g_kl = g * job.kl_weight * job.kl_factor / job.T;
             double kl = 0, ce = 0;
+            if constexpr (kNears) {
+                if (near) kl = near_row(row, z, g_kl, f);
+                if (kl != kl) {
+                    near = false;
+                    first_references(row);
+                    z = ordinary_sweep(row, nullptr, f);
+                }
+            }
             if (kCE) {
                 double zh = z.zh.total();
                 ce = hard_label(row, job.target[r], zh);
                 f.h = all<V>(R(g * job.ce_weight / zh));
             }
-            if constexpr (kKL) {
-                double zs = z.zs.total(), zt = z.zt.total(), m = z.m.total();
-                double g_kl = g * job.kl_weight * job.kl_factor / job.T;
-                bool excludes = !std::isfinite(m);          // a class at -inf, or the row is spoiled anyway
-                if (excludes && !kReverse) m = sum_of_differences(row);
-                bool row_is_fine = zs > 0 && zt > 0;        // neither NaN nor a row wholly at -inf
-                if (kForward && job.kind != KDLAB_TOTAL_VARIATION) {
-                    f.s = all<V>(R(g_kl / zs));
-                    f.t = all<V>(R(g_kl / zt));
-                    kl = row_is_fine ? m / zt / job.T + std::log(zs / zt) : NAN;
-                    if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
-                    else if (is_close(row, kl, zs, zt, z)) kl = close_row(row, zs, zt, g_kl, f);
-                    if (kSoftCE)
-                        kl += FamilyRows<KDLAB_SOFT_CROSS_ENTROPY, V>(job, temperature, x)
-                                  .entropy_of(real(row), max_of(z.top_t), z.entropy.total(), zt, excludes);
-                } else if (!row_is_fine || (kReverse && excludes && excludes_more(row))) {
-                    f.s = f.t = all<V>(NAN);
-                    kl = row_is_fine ? INFINITY : NAN;
-                } else {
-                    kl = family(real(row), {zs, zt, m, max_of(z.top_s), max_of(z.top_t), z.raised || excludes}, g_kl, f);
-                }
-            }
+            if constexpr (kKL)
+                if (!near) kl = divergence(row, z, g_kl, f);
             job.write_row(r, kl, ce);
         }
         if (pending)
