@@ -7,9 +7,10 @@ __all__ = ['BACKENDS', 'threads', 'Question', 'torch_rows', 'reduce_rows', 'torc
            'soft_kl_backward_op', 'refuse_bad_labels', 'backend_from', 'wanted', 'choose', 'answer', 'ordinary',
            'row_terms']
 
-# %% ../nbs/api/02_ops.ipynb #8e046094
+# %% ../nbs/api/02_ops.ipynb #02d9cc77
 import math
 import os
+import weakref
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -389,10 +390,91 @@ def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp", "cuda" o
     if backend != "auto": raise ValueError(f"backend={backend!r} cannot run here: {why}; use backend='auto' or 'torch'")
     return "torch"
 
-# %% ../nbs/api/02_ops.ipynb #26810510
-def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="auto")->Tensor:
+# %% ../nbs/api/02_ops.ipynb #344d51ff
+def _bounds(x:Tensor)->tuple[int, int]:
+    "Where the memory that a tensor lies in begins and ends."
+    memory = x.untyped_storage()
+    return memory.data_ptr(), memory.data_ptr() + memory.nbytes()
+
+def _share_memory(x:Tensor, y)->bool:
+    "Is `y` a tensor in the memory of `x`?"
+    if not isinstance(y, Tensor) or y.device != x.device: return False
+    (x_begin, x_end), (y_begin, y_end) = _bounds(x), _bounds(y)
+    return x_begin < y_end and y_begin < x_end
+
+# %% ../nbs/api/02_ops.ipynb #112ad7cf
+def _worth_keeping(student:Tensor, others:dict)->str|None: # `others`: what else the loss reads, by name
+    "Why a gradient may not be written over these logits, with the way out; or None."
+    if type(student) is not Tensor: return f"it is a {type(student).__name__}, not a plain tensor"
+    if student.is_leaf: return "it is a leaf, whose values would be lost; logits that a model returns are none"
+    if any(n > 1 and step == 0 for n, step in zip(student.shape, student.stride())):
+        return "it is expanded, with several rows in one place; pass student.contiguous()"
+    if student._is_view():
+        return ("it is a view, and the tensor that it looks at would change with it; pass that tensor, with the classes "
+                "last. A head with a bias returns a view for (B, N, D) and none for hidden.flatten(0, 1)")
+    if not student.is_contiguous(): return "it is not contiguous; pass student.contiguous()"
+    teacher = others["teacher"]
+    if teacher is not None and torch.promote_types(student.dtype, teacher.dtype) != student.dtype:
+        return f"it is {student.dtype}, narrower than the teacher ({teacher.dtype}); pass teacher.to(student.dtype)"
+    shared = [name for name, x in others.items() if _share_memory(student, x)]
+    return f"{shared[0]} lies in the same memory; pass {shared[0]}.clone()" if shared else None
+
+# %% ../nbs/api/02_ops.ipynb #06df3b28
+def _let_go(logits:Tensor|None)->None:
+    "Make them read as NaN, in no memory but that of one number."
+    if logits is None: return
+    logits.data = torch.full((), torch.nan, dtype=logits.dtype, device=logits.device).expand_as(logits)
+
+class _OverLogits(torch.autograd.Function):
+    "Like `_SoftKL`, with the gradient in the place of the logits."
+    @staticmethod
+    def forward(ctx, student, teacher, target, mask, row_weight, q):
+        memory, ctx.q = student.detach(), q
+        ctx.waits, ctx.student = student.dtype is torch.float16, weakref.ref(student)
+        call = _Call(memory, teacher, target, mask, row_weight, q)
+        out = call.empty_out()
+        bad = call(out=out, grad=None if ctx.waits else memory)
+        if bad >= 0: _raise_bad_label(bad, target, call.cols) # nothing is written then
+        if not ctx.waits:
+            torch.autograd.graph.increment_version(memory)
+            _let_go(student)
+        ctx.save_for_backward(memory, *(teacher, target, mask, row_weight) if ctx.waits else ())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        if torch.is_grad_enabled():
+            raise RuntimeError("inplace_grad=True has no second derivative (create_graph=True): the logits that it needs "
+                               "were written over; use inplace_grad=False")
+        if ctx.q is None:
+            raise RuntimeError("inplace_grad=True has one backward: its gradient, which lay where the logits were, is handed "
+                               "out. For a second one (retain_graph=True) use inplace_grad=False")
+        (grad, *rest), q, ctx.q = ctx.saved_tensors, ctx.q, None
+        if ctx.waits:
+            _Call(grad, *rest, q)(grad=grad, grad_in=grad_out.contiguous())
+            _let_go(ctx.student())
+        else: _scale(grad, grad_out)
+        torch.autograd.graph.increment_version(grad)
+        return grad, None, None, None, None, None
+
+# %% ../nbs/api/02_ops.ipynb #4fd4b1bd
+def _over_logits(student, teacher, target, mask, row_weight, q:Question, backend:str)->Tensor:
+    "The loss, its gradient in the place of the logits; ValueError where that cannot be."
+    others = dict(teacher=teacher, target=target, mask=mask, row_weight=row_weight, T=q.T, normalizer=q.normalizer)
+    if _as_operator():
+        why = "under torch.compile, torch.export and dispatch modes a loss is an operator, and those write over nothing"
+    elif choose(backend, student, teacher, row_weight, q) == "torch":
+        cause = _needs_reference(student, teacher, row_weight, q, cuda_ops.on_gpu(student))
+        why = f"plain torch computes this loss: {'you asked for it' if wanted(backend) == 'torch' else cause}"
+    else: why = _worth_keeping(student, others)
+    if why is None: return _OverLogits.apply(student, teacher, target, mask, row_weight, q)
+    raise ValueError(f"inplace_grad=True cannot write the gradient over student: {why}. inplace_grad=False always works")
+
+# %% ../nbs/api/02_ops.ipynb #1d75649a
+def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="auto", inplace_grad:bool=False)->Tensor:
     "The reduced loss (or the rows, for reduction 'none') from the backend that suits."
     need_grad = torch.is_grad_enabled() and student.requires_grad
+    if inplace_grad and need_grad: return _over_logits(student, teacher, target, mask, row_weight, q, backend)
     if choose(backend, student, teacher, row_weight, q) == "torch":
         if q.use_ce: refuse_bad_labels(student, target, mask, q.ignore_index)
         return torch_loss(student, teacher, target, mask, row_weight, q)
