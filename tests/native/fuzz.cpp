@@ -160,7 +160,7 @@ SoftResult decoupled(const std::vector<double>& s, const std::vector<double>& t,
     for (size_t i = 0; i < s_others.size(); ++i)
         r.grad[i + (static_cast<int64_t>(i) >= y)] = beta * nckd.grad[i] - alpha * slope * std::exp(lq[i]) / T;
     r.grad[y] = alpha * slope / T;
-    if (std::isnan(r.value)) r.grad.assign(s.size(), NAN);
+    if (std::isnan(tckd + nckd.value)) r.grad.assign(s.size(), NAN);                 // and not where 0 * inf is
     return r;
 }
 
