@@ -30,7 +30,7 @@ def _rows(student, teacher, target, mask, row_weight, dim, detach_teacher):
     if row_weight is not None: check_rows("row_weight", row_weight, student, "float")
     return student, teacher, target, mask, row_weight
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #bd987b5d
+# %% ../../nbs/api/functional/02_divergences.ipynb #9af31663
 def question(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor|None, # teacher logits, same shape; None asks for the hard term alone
@@ -44,6 +44,7 @@ def question(
     detach_teacher:bool=True, backend:str="auto",
     kind:str="forward_kl", # the name of the divergence in this module
     mix:float=0.0, # its beta or alpha; for logit_mse 1 to centre
+    others:float=0.0, # beta of dkd
 )->tuple[tuple, ops.Question]: # (student, teacher, target, mask, row_weight), and what to compute
     "Check every argument of a loss on rows of logits and put the question that `ops` answers."
     check_reduction(reduction, normalizer)
@@ -51,21 +52,23 @@ def question(
     rows = _rows(student, teacher, pick_target(target, labels), mask, row_weight, dim, detach_teacher)
     check_row_temperature(T, rows[0])
     if hard_weight is not None and rows[2] is None: raise ValueError("cross-entropy needs labels: pass target=")
+    if kind in ops._LABELLED and teacher is not None and rows[2] is None:
+        raise ValueError(f"{kind} needs labels, one class index a row: pass target=")
     hard, soft = hard_weight is not None, teacher is not None
     return rows, ops.Question(T, t_squared, soft_weight if soft else 0., hard_weight if hard else 0., ignore_index,
-                              reduction, normalizer, hard, soft, kind, mix)
+                              reduction, normalizer, hard, soft, kind, mix, others)
 
 def _divergence(kind:str, mix:float, student, teacher, target, *, labels, T, t_squared, dim, mask, ignore_index, row_weight,
-                reduction, normalizer, detach_teacher, backend, inplace_grad=False)->Tensor:
+                reduction, normalizer, detach_teacher, backend, inplace_grad=False, others=0.)->Tensor:
     "Ask the question of one divergence alone."
     if (labels is mask is row_weight is normalizer is None and dim == -1 and reduction == "mean"
             and detach_teacher and backend == "auto" and not inplace_grad): # mostly so: then try without more ado
-        loss = ops.ordinary(student, teacher, target, T, t_squared, 1., 0., ignore_index, kind, mix)
+        loss = ops.ordinary(student, teacher, target, T, t_squared, 1., 0., ignore_index, kind, mix, others)
         if loss is not None: return loss
     check_logits("teacher", teacher)
     rows, q = question(student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim, mask=mask,
                        ignore_index=ignore_index, row_weight=row_weight, reduction=reduction, normalizer=normalizer,
-                       detach_teacher=detach_teacher, backend=backend, kind=kind, mix=mix)
+                       detach_teacher=detach_teacher, backend=backend, kind=kind, mix=mix, others=others)
     return ops.answer(*rows, q, backend, inplace_grad)
 
 # %% ../../nbs/api/functional/02_divergences.ipynb #4df16141

@@ -145,7 +145,7 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
                          f"teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #9216d2b6
+# %% ../../nbs/api/losses/01_objective.ipynb #0215f573
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
@@ -153,6 +153,11 @@ class _Bindable(nn.Module):
     masks_tokens = True # does it take a mask (B, N) for tensors (B, N, D)?
     several = False # does it take tuples of outputs? A list of names is then one input, not several pairs
     couples = False # does it compare the samples of a batch with each other?
+    takes_ids = False # does it take `ids=`, whole numbers that tell samples apart?
+
+    def token_shape(self, student)->tuple|None:
+        "The shape (B, N) of a mask over the tokens of these features, or None where they have none."
+        return tuple(student.shape[:2]) if isinstance(student, Tensor) and student.dim() == 3 else None
 
     def on(self,
         layers:str|list[str]|None=None, # names of layers in both models
@@ -247,10 +252,12 @@ def _weight(w)->float:
     if not math.isfinite(value): raise ValueError(f"the weight of a loss must be finite, got {value}")
     return value
 
-# %% ../../nbs/api/losses/01_objective.ipynb #54766972
+# %% ../../nbs/api/losses/01_objective.ipynb #9e0d24bb
 class RowLoss(Loss):
     "A loss on rows of logits: its options, and the question that it puts to `ops`."
     mix = 0. # of a divergence from a mixture: the weight in it
+    others = 0. # of one that sets the label's class apart: the weight of the others
+    splits = False # does it show several parts of itself?
     inplace_grad = False # does it write its gradient over the student's logits?
 
     def __init__(self, dim:int, ignore_index:int, reduction:str, detach_teacher:bool, backend:str):
@@ -281,14 +288,14 @@ class RowLoss(Loss):
         "The unweighted value of every row, detached."
         return (1. * self).parts(student, teacher, target, labels=labels, mask=mask)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #92fc0bdb
+# %% ../../nbs/api/losses/01_objective.ipynb #30dd9c59
 def _question(group, student, teacher, target, labels, mask, row_weight, normalizer):
     "The question of one loss, or of a soft and a hard one together; `group` holds (weight, loss)."
     soft = next(((w, loss) for w, loss in group if loss.role == "soft"), None)
     hard = next(((w, loss) for w, loss in group if loss.role == "hard"), None)
     loss = (soft or hard)[1]
     options = {} if soft is None else dict(soft_weight=soft[0], T=live(loss, "T"), t_squared=loss.t_squared,
-                                           detach_teacher=loss.detach_teacher, kind=loss.term, mix=loss.mix)
+                                           detach_teacher=loss.detach_teacher, kind=loss.term, mix=loss.mix, others=loss.others)
     if soft is not None and teacher is None: raise TypeError(f"{loss} needs the teacher's logits, got None")
     return question(student, None if soft is None else teacher, target, labels=labels, mask=mask,
                     hard_weight=None if hard is None else hard[0], dim=loss.dim, ignore_index=loss.ignore_index,
@@ -308,7 +315,7 @@ def _answer(group, *args)->Tensor:
     rows, q = _question(group, *args)
     return ops.answer(*rows, q, group[0][1].backend, any(loss.inplace_grad for _, loss in group))
 
-# %% ../../nbs/api/losses/01_objective.ipynb #1b03d666
+# %% ../../nbs/api/losses/01_objective.ipynb #51e6c918
 def _ordinary(weights, losses, student, teacher, target)->Tensor|None:
     "The loss if the case is ordinary, else None; nothing is checked or computed then. See `ops.ordinary`."
     if torch.compiler.is_compiling(): return None # numbers that are read here would be baked into the graph
@@ -320,7 +327,7 @@ def _ordinary(weights, losses, student, teacher, target)->Tensor|None:
         else: return None
     if soft is None or hard is not None and hard.ignore_index != soft.ignore_index: return None
     return ops.ordinary(student, teacher, target, soft.T, soft.t_squared, soft_weight, hard_weight, soft.ignore_index,
-                        soft.term, soft.mix)
+                        soft.term, soft.mix, soft.others)
 
 # %% ../../nbs/api/losses/01_objective.ipynb #dc782d2a
 class _Weighted(Loss):
@@ -412,7 +419,7 @@ def _equation(loss:Loss)->str:
     notes = ", ".join(loss.notes())
     return loss.equation() + (f" [{notes}]" if notes else "")
 
-# %% ../../nbs/api/losses/01_objective.ipynb #a1c49149
+# %% ../../nbs/api/losses/01_objective.ipynb #14a9cb45
 class Objective(_Weighted):
     """A weighted sum of losses, called like one loss: `(student, teacher, target)`.
 
@@ -430,10 +437,11 @@ class Objective(_Weighted):
         "Each term's unweighted rows, detached, with its weight beside it."
         out, picked = {}, target if labels is None else labels
         for group in _groups(self, picked):
-            if not group[0][1].asks(picked):
+            if not group[0][1].asks(picked) or group[0][1].splits:
                 own = group[0][1].parts(student, teacher, picked, mask=mask)
                 out |= _part_names({name: Part(float(group[0][0]) * part.weight, part.rows) for name, part in own.items()}, out)
-                continue
+                group = group[1:]
+            if not group: continue
             rows, q = _question(group, student, teacher, target, labels, mask, None, None)
             s, t, y, m, _ = rows
             weights = {loss.term: float(w) for w, loss in group}

@@ -123,6 +123,47 @@ SoftResult soft(const std::vector<double>& s, const std::vector<double>& t, doub
     return r;
 }
 
+double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
+bool none(const std::vector<double>& x) {
+    for (double v : x) if (v != -INFINITY) return false;
+    return true;
+}
+
+// The log-odds of a class against the others
+double log_odds(double own, const std::vector<double>& others, double T) {
+    double top = -INFINITY, sum = 0;
+    for (double v : others) top = std::fmax(top, v);
+    for (double v : others) sum += std::exp((v - top) / T);
+    return own == INFINITY ? NAN : (own - top) / T - std::log(sum);
+}
+
+// DKD of a row, and its gradient
+SoftResult decoupled(const std::vector<double>& s, const std::vector<double>& t, double T, double alpha, double beta, int64_t y) {
+    std::vector<double> s_others = s, t_others = t;
+    s_others.erase(s_others.begin() + y);
+    t_others.erase(t_others.begin() + y);
+    SoftResult r{{0, std::vector<double>(s.size(), 0.0)}, 0};
+    if (none(s_others) && none(t_others)) {
+        r.value = std::isfinite(s[y]) && std::isfinite(t[y]) ? 0 : NAN;
+        r.grad.assign(s.size(), r.value);
+        return r;
+    }
+    const SoftResult nckd = soft(s_others, t_others, T, KDLAB_FORWARD_KL, 0);
+    const double l_s = log_odds(s[y], s_others, T), l_t = log_odds(t[y], t_others, T), p = std::exp(-softplus(-l_t));
+    const double slope = std::exp(-softplus(-l_s)) - p;
+    double tckd = 0;
+    if (l_t > -INFINITY) tckd += p == 0 ? 0 : p * (softplus(-l_s) - softplus(-l_t));
+    tckd += std::exp(-softplus(l_t)) * (softplus(l_s) - softplus(l_t));
+    if (l_s == -INFINITY && l_t > -INFINITY) tckd = INFINITY;                         // where p underflows too
+    r.value = alpha * tckd + beta * nckd.value + slope * 0;
+    std::vector<double> lq = log_softmax(s_others, T);
+    for (size_t i = 0; i < s_others.size(); ++i)
+        r.grad[i + (static_cast<int64_t>(i) >= y)] = beta * nckd.grad[i] - alpha * slope * std::exp(lq[i]) / T;
+    r.grad[y] = alpha * slope / T;
+    if (std::isnan(tckd + nckd.value)) r.grad.assign(s.size(), NAN);                 // and not where 0 * inf is
+    return r;
+}
+
 RowResult hard(const std::vector<double>& s, int64_t y) {
     std::vector<double> lq = log_softmax(s, 1);
     RowResult r{-lq[y], std::vector<double>(s.size())};
@@ -161,8 +202,10 @@ void once(Random& r, const char* isa) {
     a.reduction = static_cast<int>(pick(r, 3));
     a.normalizer = chance(r, .3) ? 7 : NAN;
     a.ignore_index = -100;
-    a.kind = static_cast<int>(pick(r, 7));
+    a.kind = static_cast<int>(pick(r, 8));
     a.mix = chance(r, .1) ? 0 : chance(r, .1) ? 1 : chance(r, .3) ? .5 : std::uniform_real_distribution<>(0, 1)(r);
+    a.others = std::uniform_real_distribution<>(0, 3)(r);
+    const bool dkd = a.kind == KDLAB_DKD && a.kl_weight != 0;
     const bool jsd = a.kind == KDLAB_JSD, skew = a.kind == KDLAB_SKEW_KL, skew_reverse = a.kind == KDLAB_SKEW_REVERSE_KL;
     int kind = a.kind;                                 // what it is at the ends
     if ((jsd && a.mix == 0) || (skew && a.mix == 0)) kind = KDLAB_FORWARD_KL;
@@ -196,7 +239,7 @@ void once(Random& r, const char* isa) {
     for (int64_t i = 0; i < a.rows; ++i) row_weight.set(i, 0.5 + std::fabs(normal(r)));
     for (int64_t i = 0; i < outs; ++i) grad_in.set(i, normal(r));
 
-    const bool weighted = chance(r, .3), scaled = chance(r, .3), masked = chance(r, .4), labelled = a.ce_weight != 0 || chance(r, .3);
+    const bool weighted = chance(r, .3), scaled = chance(r, .3), masked = chance(r, .4), labelled = a.ce_weight != 0 || dkd || chance(r, .3);
     a.student = s.bytes.get();
     a.teacher = a.kl_weight != 0 ? t.bytes.get() : nullptr;
     a.target = labelled ? target.data() : nullptr;
@@ -231,19 +274,21 @@ void once(Random& r, const char* isa) {
         SoftResult k{{0, std::vector<double>(a.cols)}, 0};
         RowResult c = k;
         const bool count = counts(i);
-        if (count && a.cols && a.kl_weight != 0) k = soft(zs, zt, a.T, kind, a.mix);
+        if (count && a.cols && dkd) k = decoupled(zs, zt, a.T, a.mix, a.others, target[i]);
+        else if (count && a.cols && a.kl_weight != 0) k = soft(zs, zt, a.T, kind, a.mix);
         if (count && a.cols && a.ce_weight != 0) c = hard(zs, target[i]);
         double w = weighted ? row_weight.get(i) : 1, v = 0, far = 1 / a.T;
         if (a.kl_weight != 0) v += a.kl_weight * a.kl_factor * k.value;
         if (a.ce_weight != 0) v += a.ce_weight * c.value;
         for (double z : zs) if (std::isfinite(z)) far = std::fmax(far, std::fabs(z) / a.T);
         for (double z : zt) if (std::isfinite(z)) far = std::fmax(far, std::fabs(z) / a.T);
-        const double slack = eps * w * (a.kl_factor * (1 + far) + 1 + far * a.T);
+        const double parts = dkd ? a.mix + a.others : 1;
+        const double slack = eps * w * (a.kl_factor * parts * (1 + far) + 1 + far * a.T);
         total += w * v;
         size += slack;
         if (a.reduction == KDLAB_NONE && !same(out.get(i), w * v, slack)) fail(a, isa, "row", i, 0, out.get(i), w * v);
         double g = (scaled ? grad_in.get(a.reduction == KDLAB_NONE ? i : 0) : 1) * (count ? w : 0) / denominator;
-        const double steep = kind == KDLAB_FORWARD_KL || kind == KDLAB_SOFT_CROSS_ENTROPY ? 1 : 1 + far;
+        const double steep = kind == KDLAB_FORWARD_KL || kind == KDLAB_SOFT_CROSS_ENTROPY ? 1 : dkd ? parts : 1 + far;
         const double limit = std::fabs(g) * (a.kl_weight * a.kl_factor / a.T * steep + a.ce_weight);
         const double unsure = std::fabs(g) * a.kl_weight * a.kl_factor / a.T * 2 * k.unsure;
         for (int64_t j = 0; j < a.cols; ++j) {
