@@ -19,7 +19,7 @@ pytest.importorskip("kdlab._C", reason="kdlab._C is not built: KDLAB_EXT=1 pytho
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LOSSES = {"forward_kl": {}, "reverse_kl": {}, "jsd": {"beta": 0.3}, "skew_kl": {"alpha": 0.1}, "skew_reverse_kl": {"alpha": 0.1},
-          "total_variation": {}, "soft_cross_entropy": {}}
+          "total_variation": {}, "soft_cross_entropy": {}, "dkd": {}}
 losses = pytest.mark.parametrize("name", LOSSES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 
@@ -53,7 +53,8 @@ def gradients(f, values, grad_out=None):
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 10), (5, 300), (3, 1271), (0, 4), (3, 0), (9,)], ids=str)
 def test_the_same_bits(name, dtype, shape):
     s, t = pair(*shape, dtype=dtype)
-    f = lambda z, inplace: getattr(kd.functional, name)(z, t, T=2.0, inplace_grad=inplace, **LOSSES[name])
+    y = torch.full(shape[:-1], shape[-1] - 1 if shape[-1] else -100)
+    f = lambda z, inplace: getattr(kd.functional, name)(z, t, y, T=2.0, inplace_grad=inplace, **LOSSES[name])
     (loss, grad, _), (got, got_grad, there) = gradients(f, s)
     assert torch.equal(got, loss) and torch.equal(got_grad, grad) and there and got_grad.dtype == dtype
 
@@ -88,7 +89,7 @@ def test_rows_that_are_read_twice(isa):
         y = torch.arange(60)
         for name, options in LOSSES.items():
             soft = {"forward_kl": kd.ForwardKL, "jsd": kd.JSD}.get(name)
-            f = lambda z, inplace: getattr(kd.functional, name)(z, t, T=4.0, inplace_grad=inplace, **options)
+            f = lambda z, inplace: getattr(kd.functional, name)(z, t, y, T=4.0, inplace_grad=inplace, **options)
             if soft is not None: f = lambda z, inplace: (0.1 * kd.CrossEntropy() + 0.9 * soft(T=4, inplace_grad=inplace))(z, t, y)
             (loss, grad, _), (got, got_grad, there) = gradients(f, s)
             assert torch.equal(got, loss) and torch.equal(got_grad, grad) and there
@@ -307,6 +308,7 @@ def test_where_no_kernel_computes():
     refused(made(s)[0], t, "learnable", T=torch.tensor(2.0, requires_grad=True))
     refused(made(s)[0], t, "each row has its own temperature", T=torch.full((8,), 2.0))
     refused(made(s)[0], t.clone().requires_grad_(), "teacher needs a gradient", detach_teacher=False)
+    with pytest.raises(TypeError, match="inplace_grad"): kd.functional.nkd(s, t, torch.arange(8), inplace_grad=True)
     with pytest.raises(ValueError, match="torch.func"):
         torch.func.grad(lambda x: forward_kl(x * 1, t, inplace_grad=True))(s)
 
@@ -358,9 +360,9 @@ def test_a_bad_label_is_found_before_anything_is_written():
 def test_modules_remember_it():
     s, t = pair(8, 40)
     for module in (kd.ForwardKL, kd.SoftKL, kd.ReverseKL, kd.JSD, kd.SkewKL, kd.SkewReverseKL, kd.TotalVariation,
-                   kd.SoftCrossEntropy):
+                   kd.SoftCrossEntropy, kd.DKD):
         loss = module(inplace_grad=True)
-        (want, grad, _), (got, got_grad, there) = gradients(lambda z, i: module(inplace_grad=i)(z, t), s)
+        (want, grad, _), (got, got_grad, there) = gradients(lambda z, i: module(inplace_grad=i)(z, t, torch.arange(8)), s)
         assert torch.equal(want, got) and torch.equal(grad, got_grad) and there
         assert "inplace_grad=True" in repr(loss) and "inplace_grad" not in repr(module())
 

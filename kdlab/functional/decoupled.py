@@ -14,7 +14,7 @@ from .contract import check_weight
 from .divergences import _divergence, question
 from .logits import plain_rows
 
-# %% ../../nbs/api/functional/14_decoupled.ipynb #3d588619
+# %% ../../nbs/api/functional/14_decoupled.ipynb #ee99b922
 def dkd(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -26,7 +26,7 @@ def dkd(
     beta:float=8.0, # weight of NCKD: which of the other classes
     t_squared:bool=True, # multiply by T²
     dim:int=-1, mask:Tensor|None=None, ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean",
-    normalizer:float|Tensor|None=None, detach_teacher:bool=True, backend:str="auto", # as in `forward_kl`
+    normalizer:float|Tensor|None=None, detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """alpha * TCKD + beta * NCKD, times T²: the label against the rest, and the rest among themselves.
 
@@ -42,7 +42,7 @@ def dkd(
     alpha, beta = check_weight("alpha", alpha), check_weight("beta", beta)
     return _divergence("dkd", alpha, student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim, mask=mask,
                        ignore_index=ignore_index, row_weight=row_weight, reduction=reduction, normalizer=normalizer,
-                       detach_teacher=detach_teacher, backend=backend, others=beta)
+                       detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad, others=beta)
 
 # %% ../../nbs/api/functional/14_decoupled.ipynb #8ff7c417
 def _square(T, t_squared:bool):

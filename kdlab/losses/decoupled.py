@@ -11,7 +11,7 @@ from ..functional.contract import check_weight
 from .divergences import Divergence
 from .objective import Part, shown
 
-# %% ../../nbs/api/losses/11_decoupled.ipynb #0a67d249
+# %% ../../nbs/api/losses/11_decoupled.ipynb #1b6b7be0
 class DKD(Divergence):
     """Decoupled KD: T² * (alpha * TCKD + beta * NCKD); see `kdlab.functional.dkd`.
 
@@ -29,9 +29,10 @@ class DKD(Divergence):
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch or cpp: there is no CUDA kernel
+        inplace_grad:bool=False, # write the gradient over the student's logits, which are lost; see `forward_kl`
     ):
         super().__init__(T, t_squared=t_squared, dim=dim, ignore_index=ignore_index, reduction=reduction,
-                         detach_teacher=detach_teacher, backend=backend)
+                         detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
         self.alpha, self.beta = check_weight("alpha", alpha), check_weight("beta", beta)
 
     @property
@@ -47,8 +48,8 @@ class DKD(Divergence):
         return {"tckd": Part(self.alpha, rows[0]), "nckd": Part(self.beta, rows[1])}
 
     def extra_repr(self):
-        return (f"T={shown(self.T):g}, alpha={self.alpha:g}, beta={self.beta:g}"
-                + ("" if self.t_squared else ", t_squared=False"))
+        T, *rest = super().extra_repr().split(", ")
+        return ", ".join([T, f"alpha={self.alpha:g}", f"beta={self.beta:g}", *rest])
 
     def equation(self)->str:
         "The loss as it is written on paper."
