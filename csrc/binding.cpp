@@ -30,7 +30,7 @@ int64_t soft_kl(intptr_t student, intptr_t teacher, intptr_t target, intptr_t ma
                 intptr_t grad_in, intptr_t grad, intptr_t kl_rows, intptr_t ce_rows, intptr_t out, int dtype,
                 int loss_dtype, int64_t rows, int64_t cols, int64_t student_stride, int64_t teacher_stride, double T,
                 double kl_factor, double kl_weight, double ce_weight, int reduction, double normalizer,
-                int64_t ignore_index, int threads, int kind, double mix) {
+                int64_t ignore_index, int threads, int kind, double mix, double others) {
     kdlab_soft_kl a;
     a.student = pointer<const void>(student);
     a.teacher = pointer<const void>(teacher);
@@ -58,6 +58,7 @@ int64_t soft_kl(intptr_t student, intptr_t teacher, intptr_t target, intptr_t ma
     a.threads = threads;
     a.kind = kind;
     a.mix = mix;
+    a.others = others;
     py::gil_scoped_release release;
     return kdlab_soft_kl_cpu(&a);
 }
@@ -197,11 +198,11 @@ PyObject* as_tensor(DLManagedTensorVersioned* managed) {
 
 typedef Owned<DLManagedTensorVersioned> OwnedTensor;
 
-// ordinary(student, teacher, target or None, T, t_squared, kl_weight, ce_weight, ignore_index, kind, mix, grad_enabled,
-// threads) -> (loss, gradient or None), or None if the case is not ordinary: then the general path answers or raises.
+// ordinary(student, teacher, target or None, T, t_squared, kl_weight, ce_weight, ignore_index, kind, mix, others,
+// grad_enabled, threads) -> (loss, gradient or None), or None if the case is not ordinary: then the general path answers or raises.
 PyObject* ordinary(PyObject*, PyObject* const* args, Py_ssize_t count) {
     DLTensor student, teacher, target;
-    if (count != 12 || !read_plain(args[0], &student) || !read_plain(args[1], &teacher)) Py_RETURN_NONE;
+    if (count != 13 || !read_plain(args[0], &student) || !read_plain(args[1], &teacher)) Py_RETURN_NONE;
     int dims = student.ndim, dtype = dtype_code(student);
     bool numbers = (PyFloat_CheckExact(args[3]) || PyLong_CheckExact(args[3])) && PyFloat_CheckExact(args[5]) &&
                    PyFloat_CheckExact(args[6]);
@@ -210,7 +211,7 @@ PyObject* ordinary(PyObject*, PyObject* const* args, Py_ssize_t count) {
     bool labelled = args[2] != Py_None;
     if (labelled && (!read_plain(args[2], &target) || target.dtype.code != DL_INT || target.dtype.bits != 64 ||
                      !same_shape(student, dims - 1, target))) Py_RETURN_NONE;
-    bool need_grad = args[10] == Py_True && requires_grad(args[0]);
+    bool need_grad = args[11] == Py_True && requires_grad(args[0]);
     double T = PyFloat_AsDouble(args[3]);
     PyErr_Clear();                                                 // an integer beyond all floats; T is -1 then
     if (!(T > 0 && T < INFINITY) || (need_grad && dtype == KDLAB_F16)) Py_RETURN_NONE;   // its gradient waits
@@ -233,8 +234,9 @@ PyObject* ordinary(PyObject*, PyObject* const* args, Py_ssize_t count) {
     a.ignore_index = PyLong_AsLongLong(args[7]);
     a.kind = static_cast<int>(PyLong_AsLong(args[8]));
     a.mix = PyFloat_AsDouble(args[9]);
-    a.threads = static_cast<int>(PyLong_AsLong(args[11]));
-    if (PyErr_Occurred()) {
+    a.others = PyFloat_AsDouble(args[10]);
+    a.threads = static_cast<int>(PyLong_AsLong(args[12]));
+    if (PyErr_Occurred() || (!labelled && kdlab_kind_has_label(a.kind))) {
         PyErr_Clear();
         Py_RETURN_NONE;
     }
@@ -343,7 +345,7 @@ PYBIND11_MODULE(_C, m) {
           "teacher"_a, "target"_a, "mask"_a, "row_weight"_a, "grad_in"_a, "grad"_a, "kl_rows"_a, "ce_rows"_a, "out"_a,
           "dtype"_a, "loss_dtype"_a, "rows"_a, "cols"_a, "student_stride"_a, "teacher_stride"_a, "T"_a, "kl_factor"_a,
           "kl_weight"_a, "ce_weight"_a, "reduction"_a, "normalizer"_a, "ignore_index"_a, "threads"_a, "kind"_a = 0,
-          "mix"_a = 0.0);
+          "mix"_a = 0.0, "others"_a = 0.0);
     m.def("scale", &scale, "grad *= factor in place, one factor or one per row.");
     PyModule_AddFunctions(m.ptr(), quick_entries);
     m.def("learn_tensors", &learn_tensors, "Say what a tensor is. False if this torch cannot describe them to C.",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ways', 'cautions', 'Models', 'Trainer', 'step', 'tell_scheduler', 'epoch', 'steps_in', 'evaluate']
 
-# %% ../nbs/api/04_loop.ipynb #ac9764fa
+# %% ../nbs/api/04_loop.ipynb #40229cdf
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from .calling import count, device_of, ids_in, move, split
 from .checkpoints import seed_all
+from .losses.objective import overwrites
 from .parallel import Team, add_gradients, share
 from .terms import Answers, Batch, Seen, Watched, bound_names, couples, has_unlabelled, is_source, parts_of, weigh
 
@@ -136,7 +137,7 @@ class Trainer(Models):
         super().close()
         self.bar.close()
 
-# %% ../nbs/api/04_loop.ipynb #e2802b49
+# %% ../nbs/api/04_loop.ipynb #672084e9
 def step(
     trainer:Trainer,
     batches:list[Batch], # the parts of this step that are this process's
@@ -153,7 +154,8 @@ def step(
             team = ways.team if ways.gather else None
             loss, terms = weigh(run.objective, ours, theirs, batch.y, batch.mask, shares[i], team, batch.ids)
         values.append(float(loss.detach()))
-        if not math.isfinite(values[-1]): raise FloatingPointError(_not_finite(values[-1], where, ours, theirs, terms))
+        if not math.isfinite(values[-1]):
+            raise FloatingPointError(_not_finite(values[-1], where, ours, theirs, terms, overwrites(run.objective)))
         trainer.scaler.scale(loss).backward()
         for name, value in terms.items(): worth[name] = worth.get(name, 0.) + value
         trainer.tally["unlabelled"] += has_unlabelled(batch.y)
@@ -188,14 +190,16 @@ def tell_scheduler(trainer:Trainer, entry:dict)->None:
     if "valid_loss" not in entry: raise ValueError("ReduceLROnPlateau waits for the valid loss: pass valid=")
     trainer.scheduler.step(entry["valid_loss"])
 
-# %% ../nbs/api/04_loop.ipynb #2d0d1c83
-def _not_finite(value, where, ours, theirs, worth)->str:
+# %% ../nbs/api/04_loop.ipynb #03ecde90
+def _not_finite(value, where, ours, theirs, worth, lost:bool)->str: # `lost`: are the student's logits written over?
     "What to say when the loss is no number."
     found = [f"{whose} {what}" for whose, seen in (("student's", ours), ("teacher's", theirs)) if seen is not None
-             for what, x in (("logits", seen.logits), *seen.layers.items()) if isinstance(x, Tensor) and not x.isfinite().all()]
-    terms = [name for name, x in worth.items() if not x.isfinite().all()]
-    cause = (f"the {' and '.join(found)} hold NaN or infinity" if found
-             else f"the logits are finite, {' and '.join(terms) or 'the loss'} is not")
+             for what, x in (("logits", seen.logits), *seen.layers.items())
+             if isinstance(x, Tensor) and not x.isfinite().all() and not (lost and x is ours.logits)]
+    terms = " and ".join(name for name, x in worth.items() if not x.isfinite().all()) or "the loss"
+    if found: cause = f"the {' and '.join(found)} hold NaN or infinity"
+    elif lost: cause = f"{terms} is not finite, and the student's logits were written over; inplace_grad=False keeps them to look at"
+    else: cause = f"the logits are finite, {terms} is not"
     return (f"the loss became {value} in {where}: {cause}. The weights are those before this "
             f"step. Try a smaller lr, and check the inputs for NaN")
 

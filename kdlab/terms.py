@@ -6,7 +6,7 @@
 __all__ = ['Seen', 'bound_names', 'Watched', 'Source', 'Answers', 'is_source', 'digest_of', 'as_objective', 'Term', 'label',
            'named_terms', 'scheduled', 'has_unlabelled', 'couples', 'weigh', 'Batch', 'parts_of']
 
-# %% ../nbs/api/04_terms.ipynb #91f3f41b
+# %% ../nbs/api/04_terms.ipynb #3c41092a
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .calling import ask, count, frozen, move
 from .checkpoints import fingerprint
 from .losses import CrossEntropy, Loss, Objective, SoftKL
-from .losses.objective import Moving, numbers_that_move
+from .losses.objective import Moving, numbers_that_move, overwrites
 from .parallel import Team, gather
 from .taps import Taps, read
 
@@ -154,7 +154,7 @@ def scheduled(objective:Objective)->dict[str, float]:
         for name, value in numbers_that_move(term.loss): found[f"{term.name} {name}"] = float(value)
     return found
 
-# %% ../nbs/api/04_terms.ipynb #c7bca5e2
+# %% ../nbs/api/04_terms.ipynb #9787b6da
 def has_unlabelled(y:Tensor|None)->bool:
     "Is there a sample without a label?"
     return y is None or y.dim() == 1 and bool((y == -100).any())
@@ -165,9 +165,9 @@ def _labelled(unit:Loss, student, teacher, y, unlabelled:bool, options:dict)->Te
     kind = lambda loss: "hard" if loss.role == "hard" else "labelled" if loss.needs_labels else "soft"
     active = [(w, loss) for w, loss in unit.terms() if w != 0]
     soft, labelled, hard = ([(w, loss) for w, loss in active if kind(loss) == k] for k in ("soft", "labelled", "hard"))
-    values = [Objective(soft)(student, teacher, **options)] if soft else []
-    if labelled and y is not None: values.append(Objective(labelled)(student, teacher, y, **options))
-    if hard and y is not None: values.append(Objective(hard)(student, None, y, **options))
+    found = [(soft, teacher, None), *([(labelled, teacher, y), (hard, None, y)] if y is not None else [])]
+    apart = sorted(((Objective(terms), *rest) for terms, *rest in found if terms), key=lambda part: overwrites(part[0]))
+    values = [part(student, *rest, **options) for part, *rest in apart]
     return sum(values[1:], values[0]) if values else None
 
 def couples(loss:Loss)->bool:
@@ -213,7 +213,7 @@ def _units(objective:Objective, shares:dict|None)->list[tuple[Loss, list[Term]]]
     together = objective if len(rows) == len(active) else Objective([(t.weight, t.loss) for t in rows])
     return [(together, rows), *((t.loss, [t]) for t in active if t not in rows)]
 
-# %% ../nbs/api/04_terms.ipynb #4b54d819
+# %% ../nbs/api/04_terms.ipynb #c63ca60a
 def weigh(
     objective:Objective, # complete: see `kd.build`
     ours:Seen, # what the student showed
@@ -225,19 +225,20 @@ def weigh(
     ids:Tensor|None=None, # (B,) whole numbers that tell the samples of the data set apart
 )->tuple[Tensor, dict[str, Tensor]]: # the loss, and the value of each of its terms: unweighted, detached
     "The objective on one batch, and what each term is worth. A term that needs labels and finds none is left out."
-    total, worth, units = [], {}, _units(objective, shares)
+    total, worth, units = [], {}, sorted(_units(objective, shares), key=lambda unit: overwrites(unit[0]))
     if not units: return objective(ours.logits, None if theirs is None else theirs.logits, y), {}
     batch, share = (ours, theirs, y, mask, ids, team), lambda term: 1. if shares is None else shares.get(term.name, 0.)
     for unit, terms in units:
+        together = unit is not terms[0].loss
+        with torch.no_grad(): # what is computed together is computed once more, before the logits can be lost, to be told apart
+            alone = {t.name: _worth(t.loss, t.loss, *batch) for t in terms} if together else {}
         value = _worth(unit, terms[0].loss, *batch)
         if value is None: continue
-        if unit is terms[0].loss: # a single term
+        if not together:
             total.append(terms[0].weight * share(terms[0]) * value)
             worth[terms[0].name] = share(terms[0]) * value.detach()
             continue
         total.append(value if shares is None else share(terms[0]) * value)
-        with torch.no_grad(): # what was computed together is computed once more to be told apart
-            alone = {t.name: _worth(t.loss, t.loss, *batch) for t in terms}
         worth |= {t.name: share(t) * alone[t.name] for t in terms if alone[t.name] is not None}
     if not total and shares: return ours.logits.sum() * 0, worth # this part has no labels; others have
     if not total: raise ValueError("a batch has samples without labels, and the objective has no soft term: add kd.SoftKL()")

@@ -318,6 +318,28 @@ def test_the_gradient_may_take_the_students_place(device, C):
     assert torch.equal(s, apart)
 
 
+@losses
+@pytest.mark.parametrize("dtype, shared, cluster", [(torch.float16, 0, 0), (torch.float32, 1 << 10, 1)],
+                         ids=["own plan", "read twice"])
+def test_inplace_grad(device, name, options, dtype, shared, cluster):
+    "Rows of which some are close, one that does not count, and a gradient for each row."
+    s, t = (x.to(device) for x in pair(4, 603, dtype=dtype))
+    s[::2] = t[::2] + 1e-2 * s[::2]
+    y, results = torch.tensor([0, 1, -100, 3], device=device), []
+    module = cuda_ops.kernels()[0]
+    module.limits(shared, cluster)
+    try:
+        for inplace in (False, True):
+            z = s.clone().requires_grad_() * 1
+            place, f = z.data_ptr(), getattr(kd.functional, name)
+            rows = f(z, t, y, T=2., reduction="none", backend="cuda", inplace_grad=inplace, **options)
+            grad, = torch.autograd.grad(rows, z, torch.arange(4., device=device))
+            results.append((rows.detach(), grad))
+            assert (grad.data_ptr() == place) == inplace == bool(z.isnan().all())
+    finally: module.limits(0, 0)
+    assert all(map(torch.equal, *results)) and results[0][1][2].eq(0).all()
+
+
 def test_repeated_runs_are_the_same_to_the_bit(device):
     s, t = (x.to(device) for x in pair(40, 2100))
     mask = torch.arange(40).ne(3).to(device)

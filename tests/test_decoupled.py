@@ -5,11 +5,13 @@ import pytest
 import torch
 
 import kdlab as kd
-from kdlab import logit_reference, reference
+from kdlab import logit_reference, ops, reference
 from kdlab.functional.decoupled import dkd_parts
+from kdlab.losses.objective import _groups
 
 f = kd.functional
 INF = math.inf
+BACKENDS = ["torch"] + (["cpp"] if ops._C is not None else [])
 Y = torch.tensor([0, 6, 3, 3, 1, 5])
 
 
@@ -66,22 +68,25 @@ def test_parts_come_with_their_weights():
     torch.testing.assert_close(total.sum() / 4, objective(s, t, y, mask=mask).detach())
 
 
-def test_excluded_classes():
-    s, t = pair()
-    s, t = s[:5].clone(), t[:5].clone()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("more", [0, 60])  # few classes and many are computed in different ways
+def test_excluded_classes(backend, more):
+    s, t = (torch.cat([x[:5], torch.full((5, more), -INF, dtype=x.dtype)], 1) for x in pair())
     y = torch.full((5,), 2)
     s[0, 4] = t[0, 4] = -INF  # another class, by both: absent
     s[1, 2] = t[1, 2] = -INF  # the label, by both: there is no question whether it is the label
     s[2, 2] = -INF  # the label, by the student only
     t[3, 2] = -INF  # the label, by the teacher only
-    others = torch.arange(7) != 2
+    others = torch.arange(7 + more) != 2
     s[4, others] = t[4, others] = -INF  # no other class
     leaf = s.requires_grad_()
     tckd, nckd = dkd_parts(leaf, t, y)
-    rows = f.dkd(leaf, t, y, reduction="none")
+    rows = f.dkd(leaf, t, y, reduction="none", backend=backend)
     grad, = torch.autograd.grad(rows[[0, 1, 3, 4]].sum(), leaf)
-    keep = torch.arange(7) != 4
+    keep = torch.arange(7 + more) != 4
     torch.testing.assert_close(rows[0], f.dkd(s[:1, keep], t[:1, keep], y[:1], reduction="none")[0])
+    assert torch.equal(rows.isfinite(), torch.tensor([True, True, False, True, True])) and rows[2] == INF
+    torch.testing.assert_close(rows[[0, 1, 3, 4]].detach(), 16 * (tckd + 8 * nckd)[[0, 1, 3, 4]] / 16)
     assert tckd[1] == 0 and nckd[1] > 0 and tckd[2] == INF and tckd[3].isfinite() and tckd[4] == nckd[4] == 0
     assert grad.isfinite().all() and grad[0, 4] == 0 and grad[4].eq(0).all()
 
@@ -95,9 +100,48 @@ def test_few_classes(C):
     torch.testing.assert_close(tckd, reference.forward_kl(s, t), rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("C", [7, 70])
+def test_a_row_without_any_logit_or_spoilt_is_nan_and_no_other(C):
+    s, t = pair(C=C)
+    clean = f.dkd(s, t, Y, reduction="none")
+    s[1], t[2], s[3, 3], t[4, 1] = -INF, -INF, INF, math.nan  # 3 and 1 are the labels
+    s[5], t[5] = -INF, -INF
+    for backend in BACKENDS:
+        leaf = s.clone().requires_grad_()
+        rows = f.dkd(leaf, t, Y, reduction="none", backend=backend)
+        grad, = torch.autograd.grad(rows.sum(), leaf)
+        torch.testing.assert_close(rows[0], clean[0])
+        assert rows[1:].isnan().all() and grad[0].isfinite().all() and grad[1:5].isnan().all()
+
+
+def test_what_the_kernel_cannot_do_goes_to_plain_torch_and_agrees():
+    s, t = pair(C=70)
+    want = f.dkd(s, t, Y, T=2.0)
+    each = torch.full((6,), 2.0, dtype=torch.float64)
+    T, teacher = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), t.clone().requires_grad_()
+    torch.testing.assert_close(f.dkd(s, t, Y, T=each), want)
+    f.dkd(s, t, Y, T=T).backward()
+    f.dkd(s, teacher, Y, T=2.0, detach_teacher=False).backward()
+    assert T.grad.abs() > 0 and teacher.grad.abs().max() > 0
+    mapped = torch.func.vmap(lambda a, b, y: f.dkd(a[None], b[None], y[None], T=2.0))(s, t, Y)
+    torch.testing.assert_close(mapped.mean(), want)
+    few = s[:2, :5].clone().requires_grad_()
+    dkd = lambda x: f.dkd(x, t[:2, :5], torch.tensor([4, 1]))
+    assert torch.autograd.gradcheck(dkd, few) and torch.autograd.gradgradcheck(dkd, few)
+
+
+def test_with_cross_entropy_it_is_one_sweep():
+    s, t = (x.float() for x in pair(C=70))
+    objective = 0.3 * kd.CrossEntropy() + 0.7 * kd.DKD(T=2, alpha=0.5, beta=2)
+    assert len(_groups(objective)) == 1
+    y = torch.where(Y == 6, -100, Y)
+    apart = 0.3 * f.cross_entropy(s, y, backend="torch") + 0.7 * f.dkd(s, t, y, T=2, alpha=0.5, beta=2, backend="torch")
+    torch.testing.assert_close(objective(s, t, y), apart, rtol=1e-6, atol=0)
+
+
 def test_bad_arguments_are_named():
     s, t = pair()
     for call, words in ((lambda: f.dkd(s, t), "dkd needs labels"), (lambda: f.dkd(s, t, Y, beta=math.nan), "beta must be a finite"),
-                        (lambda: f.dkd(s, t, Y + 1), "label 7 at row 1"), (lambda: f.dkd(s, t, Y, backend="cpp"), "no kernel"),
+                        (lambda: f.dkd(s, t, Y + 1), "label 7 at row 1"), (lambda: f.dkd(s, t, Y, backend="gpu"), "backend must be"),
                         (lambda: kd.DKD(alpha="a"), "alpha must be"), (lambda: kd.DKD(T=0), "T must be")):
         with pytest.raises(ValueError, match=words): call()

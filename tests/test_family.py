@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import kdlab as kd
-from kdlab import ops, reference
+from kdlab import logit_reference, ops, reference
 
 pytestmark = pytest.mark.skipif(ops._C is None, reason="the compiled core is not built")
 ISAS = [] if ops._C is None else ops._C.info()["isas"]
 NAN, INF = math.nan, math.inf
 FAMILY = [("reverse_kl", {}), ("total_variation", {}), ("soft_cross_entropy", {}), ("jsd", {"beta": 0.5}), ("jsd", {"beta": 0.1}),
           ("jsd", {"beta": 0.9}), ("skew_kl", {"alpha": 0.1}), ("skew_kl", {"alpha": 0.7}), ("skew_reverse_kl", {"alpha": 0.1}),
-          ("skew_reverse_kl", {"alpha": 0.7})]
+          ("skew_reverse_kl", {"alpha": 0.7}), ("dkd", {"alpha": 1.0, "beta": 8.0}), ("dkd", {"alpha": 2.0, "beta": 0.5})]
 family = pytest.mark.parametrize("name, mix", FAMILY, ids=lambda x: x if isinstance(x, str) else "-".join(f"{v:g}" for v in x.values()))
 ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -31,14 +31,19 @@ def rows_and_gradient(f, s):
     return rows.detach(), torch.autograd.grad(rows.sum(), s)[0]
 
 
+def labels(name, s):
+    "The target of a divergence that reads labels."
+    return [7 * torch.arange(len(s)) % s.shape[1]] if name == "dkd" else []
+
+
 def kernel(name, mix, s, t, T, *args, **options):
-    f = getattr(kd.functional, name)
+    f, args = getattr(kd.functional, name), args or labels(name, s)
     return rows_and_gradient(lambda x: f(x, t, *args, T=T, **mix, t_squared=False, reduction="none", backend="cpp", **options), s)
 
 
-def truth(name, mix, s, t, T):
-    f = getattr(reference, "stable_" + name)
-    return rows_and_gradient(lambda x: f(x, t.double(), T, *mix.values()), s.double())
+def truth(name, mix, s, t, T, *args):
+    f, args = getattr(logit_reference if name == "dkd" else reference, "stable_" + name), args or labels(name, s)
+    return rows_and_gradient(lambda x: f(x, t.double(), *args, T, *mix.values()), s.double())
 
 
 def data(kind, rows, C):
@@ -102,7 +107,8 @@ def test_excluded_classes_and_spoilt_rows(isa, name, mix, C):
     assert rows[3:].isnan().all() and grad[3:].isnan().all()
     for row, gone in ((1, 3), (2, 0)):
         keep = torch.arange(C) != gone
-        want = truth(name, mix, s[row:row + 1, keep], t[row:row + 1, keep], 2.0)
+        y = [y[row:row + 1] - (y[row:row + 1] > gone).long() for y in labels(name, s)]
+        want = truth(name, mix, s[row:row + 1, keep], t[row:row + 1, keep], 2.0, *y)
         assert grad[row, gone] == 0
         assert_close((rows[row:row + 1], grad[row:row + 1, keep]), want, torch.float32, isa == "base")
 
@@ -115,7 +121,7 @@ def test_the_same_bits_for_any_threads(isa, name, mix, shape):
     s[::7] = t[::7] + 1e-3 * s[::7]
     y = torch.arange(shape[0]) % shape[1]
     objective = 0.1 * kd.CrossEntropy() + 0.9 * {"jsd": kd.JSD, "skew_kl": kd.SkewKL, "skew_reverse_kl": kd.SkewReverseKL,
-        "reverse_kl": kd.ReverseKL, "total_variation": kd.TotalVariation, "soft_cross_entropy": kd.SoftCrossEntropy}[name](T=2, **mix)
+        "reverse_kl": kd.ReverseKL, "total_variation": kd.TotalVariation, "soft_cross_entropy": kd.SoftCrossEntropy, "dkd": kd.DKD}[name](T=2, **mix)
     results = []
     try:
         for n in (1, 2, 3, 1):
@@ -124,7 +130,7 @@ def test_the_same_bits_for_any_threads(isa, name, mix, shape):
     finally: torch.set_num_threads(1)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0]))
     ce, ce_grad = rows_and_gradient(lambda x: kd.CrossEntropy()(x, None, y), s)
-    soft, soft_grad = truth(name, mix, s, t, 2.0)
+    soft, soft_grad = truth(name, mix, s, t, 2.0, *[y] * (name == "dkd"))
     torch.testing.assert_close(results[0][0].double(), 0.1 * ce.double() + 0.9 * 4 * soft.mean(), rtol=2e-6, atol=0)
     want = 0.1 * ce_grad.double() + 0.9 * 4 * soft_grad / len(s)
     assert (results[0][1].double() - want).abs().max() <= 4e-6 * want.abs().max()

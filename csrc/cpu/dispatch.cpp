@@ -69,13 +69,15 @@ int64_t kdlab_soft_kl_cpu(const kdlab_soft_kl* a) {
     static_cast<kdlab_soft_kl&>(job) = *a;
     job.kl = a->teacher && (a->kl_weight != 0 || a->kl_rows);
     job.kind = kdlab_kind_at_ends(a->kind, a->mix);
+    const bool label = job.kl && kdlab_kind_has_label(job.kind);
+    if (label && !a->target) job.kl = false;
     job.ce = a->target && (a->ce_weight != 0 || a->ce_rows);
 
     int64_t valid = 0;
     for (int64_t r = 0; r < a->rows; ++r) {
         if (!job.counts(r)) continue;
         ++valid;
-        if (job.ce && (a->target[r] < 0 || a->target[r] >= a->cols)) return r;
+        if ((job.ce || label) && a->target && (a->target[r] < 0 || a->target[r] >= a->cols)) return r;
     }
     job.denominator = 1;
     if (a->reduction == KDLAB_MEAN)

@@ -27,6 +27,7 @@ namespace kdlab {
 #include "simd_avx2.h"
 #include "vector_math.h"
 #include "softened.h"
+#include "decoupled.h"
 #include "family_rows.h"
 #include "wide_rows.h"
 #include "narrow_rows.h"

@@ -14,6 +14,7 @@ namespace kdlab {
 #include "simd_base.h"
 #include "vector_math.h"
 #include "softened.h"
+#include "decoupled.h"
 #include "family_rows.h"
 #include "wide_rows.h"
 #include "narrow_rows.h"

@@ -31,8 +31,8 @@ struct NarrowFamily {
     const Temperature<V>& temperature;
     R *s, *t, *es, *et;
 
-    // The divergence of each lane; leaves T times its gradient in es.
-    KDLAB_OUT_OF_LINE V divergence(V max_s, V max_t) const {
+    // The divergence of each lane; leaves T times its gradient in es, and in k what compares a class of the two.
+    KDLAB_OUT_OF_LINE V divergence(V max_s, V max_t, Close<V>& k) const {
         const V low = all<V>(-INFINITY), zero = V{};
         LaneSum<V> sum_s, sum_t, others_t, mass;
         V excludes_more = V{}, top_count = V{}, t_at_top = V{};
@@ -60,7 +60,7 @@ struct NarrowFamily {
         }
         const V zs = sum_s.total(), zt = sum_t.total();
         const Difference<V> c(max_s, max_t);
-        Close<V> k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, R(1) / zt, V{}};
+        k = {c.difference, c.error, all<V>(R(1 / job.T)), R(1) / zt, R(1) / zs, R(1) / zt, V{}};
         for (int i = 0; i < cols * L; i += L)
             mass.add(close_mass(load(s + i), load(t + i), load(es + i), load(et + i), k));
         const V m = mass.total();
@@ -188,7 +188,40 @@ class NarrowRows {
         }
     }
     template <int kKind>
-    V of(V max_s, V max_t) const { return NarrowFamily<kKind, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t); }
+    V of(V max_s, V max_t) const {
+        Close<V> k;
+        return NarrowFamily<kKind, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t, k);
+    }
+
+    // DKD of each lane, with its label y: the forward KL of the row without its label, and the label's own question. Leaves
+    // T times its gradient in es.
+    KDLAB_OUT_OF_LINE V decoupled(V y) const {
+        const V low = all<V>(-INFINITY), zero = V{}, least = all<V>(Scalar<V>::least);
+        V s_y = low, t_y = low;
+        for (int c = 0; c < cols; ++c) {
+            auto is_label = y == all<V>(R(c));
+            V a = load(s + c * L), b = load(t + c * L);
+            s_y = is_label ? a : s_y;
+            t_y = is_label ? b : t_y;
+            store(s + c * L, is_label ? low : a);
+            store(t + c * L, is_label ? low : b);
+        }
+        const V max_s = max(maximum(s), least), max_t = max(maximum(t), least);
+        Close<V> k;
+        V nckd = NarrowFamily<KDLAB_FORWARD_KL, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t, k);
+        const V unending = all<V>(INFINITY), one_more = all<V>(1);
+        const V none_s = k.ps == unending ? one_more : zero, none_t = k.pt == unending ? one_more : zero;     // no other class
+        const V spoil = s_y < unending && t_y < unending && none_s == none_t ? zero : all<V>(NAN);
+        const V nothing = (s_y - s_y) + (t_y - t_y) + spoil;                      // 0, unless the label has no logit either
+        const CoinOf<V> tckd = toss(s_y, t_y, max_s, max_t, k, temperature);
+        const V alpha = all<V>(R(job.mix)), beta = all<V>(R(job.others)), pull = alpha * tckd.slope + spoil;
+        for (int c = 0; c < cols; ++c) {
+            V d = load(es + c * L), q = fma(load(et + c * L), k.pt, d);
+            V gradient = y == all<V>(R(c)) ? pull : fma(-pull, q, beta * d);
+            store(es + c * L, none_s > zero ? nothing : gradient);
+        }
+        return none_s > zero ? nothing : fma(alpha, tckd.value, beta * nckd) + spoil;
+    }
 
     // CE of each lane; leaves h / Z_h - [class = y] in h.
     V hard_label(V max_s, V y) const {
@@ -227,20 +260,21 @@ private:
         R y[L] = {}, scale_kl[L] = {}, scale_ce[L] = {};
         double scale = job.kl_weight * job.kl_factor / job.T;
         bool counts[L];
+        const bool label = kKL && kdlab_kind_has_label(job.kind);
         for (int lane = 0; lane < n; ++lane) {
             counts[lane] = job.counts(r + lane);
             double g = counts[lane] ? job.grad_scale(r + lane) : 0;
             scale_kl[lane] = R(g * scale);
             scale_ce[lane] = R(g * job.ce_weight);
-            if (kCE) y[lane] = R(counts[lane] ? job.target[r + lane] : 0);
+            if (kCE || label) y[lane] = R(counts[lane] ? job.target[r + lane] : 0);
         }
         gather(job.student, job.student_stride, r, n, s);
         V max_s = maximum(s), kl = V{}, ce = V{};
+        if (kCE) ce = hard_label(max_s, load(y));
         if (kKL) {
             gather(job.teacher, job.teacher_stride, r, n, t);
-            kl = divergence(max_s, maximum(t));
+            kl = label ? decoupled(load(y)) : divergence(max_s, maximum(t));
         }
-        if (kCE) ce = hard_label(max_s, load(y));
 
         R kl_of[L], ce_of[L];
         store(kl_of, kl);

@@ -18,6 +18,7 @@ void soft_kl_as(const Job& job, int64_t begin, int64_t end, void* scratch) {
     } else {
         switch (job.kind) {
             case KDLAB_REVERSE_KL: return wide_rows<KDLAB_REVERSE_KL, E>(job, begin, end, scratch);
+            case KDLAB_DKD: return wide_rows<KDLAB_DKD, E>(job, begin, end, scratch);
             case KDLAB_SOFT_CROSS_ENTROPY: return wide_rows<KDLAB_SOFT_CROSS_ENTROPY, E>(job, begin, end, scratch);
             case KDLAB_JSD: case KDLAB_SKEW_KL: case KDLAB_SKEW_REVERSE_KL:
                 return wide_rows<KDLAB_JSD, E>(job, begin, end, scratch);

@@ -20,6 +20,7 @@ struct Row {
     E* grad;
     R from_s, from_t;                       // the references
     R apart;                                // about s - t, where the row is tried in near form
+    int64_t label;                          // the class that is set apart, if the divergence does
 };
 
 // What a part of a row adds up to; `entropy` is the sum of e_t b. In near form zs is the sum of e_t psi(w), m that of
@@ -89,7 +90,7 @@ inline void give_pair(E* p, V x, V y, bool past_cache) {
 template <int kSweep, bool kCE, class E>
 class WideRows {
     static constexpr bool kKL = kSweep != only_cross_entropy, kReverse = kSweep == KDLAB_REVERSE_KL;
-    static constexpr bool kSoftCE = kSweep == KDLAB_SOFT_CROSS_ENTROPY;
+    static constexpr bool kSoftCE = kSweep == KDLAB_SOFT_CROSS_ENTROPY, kLabel = kSweep == KDLAB_DKD;
     static constexpr bool kForward = kSweep == KDLAB_FORWARD_KL || kSoftCE;
     typedef VecOf<E> V;
     typedef Real<V> R;
@@ -113,6 +114,7 @@ class WideRows {
         row.s = static_cast<const E*>(job.student) + r * job.student_stride;
         row.t = kKL ? static_cast<const E*>(job.teacher) + r * job.teacher_stride : row.s;
         row.grad = job.grad ? static_cast<E*>(job.grad) + r * cols : nullptr;
+        if (kLabel) row.label = job.target[r];
         first_references(row);
         return row;
     }
@@ -130,12 +132,12 @@ class WideRows {
         V s = low, t = low;
         along_row<V>(cols < step ? cols : step,
             [&](int64_t i) {
-                s = max(load(row.s + i), s);
-                if (kKL) t = max(load(row.t + i), t);
+                s = max(hidden(load(row.s + i), row.label - i, low), s);
+                if (kKL) t = max(hidden(load(row.t + i), row.label - i, low), t);
             },
             [&](int64_t i, int n) {
-                s = max(load_part(row.s + i, n, low), s);
-                if (kKL) t = max(load_part(row.t + i, n, low), t);
+                s = max(hidden(load_part(row.s + i, n, low), row.label - i, low), s);
+                if (kKL) t = max(hidden(load_part(row.t + i, n, low), row.label - i, low), t);
             }, [] {});
         row.from_s = std::fmax(max_of(s), Scalar<V>::least);                     // finite, so that -inf is far below
         row.from_t = std::fmax(max_of(t), Scalar<V>::least);
@@ -156,6 +158,16 @@ class WideRows {
         }
         row.apart = R((sum_of(low_half(sum)) + sum_of(high_half(sum))) / few);
         return max_of(farthest) < most && std::isfinite(row.apart);
+    }
+
+    // A vector without the label's class, if the divergence sets it apart and it lies in this vector
+    static V hidden(V v, int64_t label, V nothing) {
+        if (!kLabel || static_cast<uint64_t>(label) >= static_cast<uint64_t>(lanes<V>)) return v;
+        R x[lanes<V>], without[lanes<V>];
+        store(x, v);
+        store(without, nothing);
+        x[label] = without[label];
+        return load(x);
     }
 
     // From now on the maxima so far are the references.
@@ -227,6 +239,7 @@ class WideRows {
         const Scratch<V> x = this->x;
         const Temperature<V> T = temperature;
         const Factors<V> f = factors;
+        const V none_s = nothing_to(row.from_s), none_t = nothing_to(row.from_t);
         const bool past_cache = job.stream;
         const bool second_cache = this->second_cache;
         const V apart = all<V>(row.apart), inverse_T = all<V>(R(1 / job.T));
@@ -280,23 +293,30 @@ class WideRows {
                 load_pair(row_t + i, t[0], t[1]);
                 ask_ahead(row_t + i, second_cache);
             }
+            if (kLabel && static_cast<uint64_t>(row.label - i) < static_cast<uint64_t>(2 * L)) {
+                for (int j = 0; j < 2; ++j) {
+                    s[j] = hidden(s[j], row.label - i - j * L, none_s);
+                    t[j] = hidden(t[j], row.label - i - j * L, none_t);
+                }
+            }
             exponentials(i, s[0], t[0], even);
             exponentials(i + L, s[1], t[1], odd);
         }
         if (i + L <= end) {
             if (kGrad) give<false>(grad + i, 0, gradient_at(x, i, f), past_cache);
-            exponentials(i, load(row_s + i), load(row_t + i), even);
+            exponentials(i, hidden(load(row_s + i), row.label - i, none_s), hidden(load(row_t + i), row.label - i, none_t), even);
             i += L;
         }
         if (i < end) {
             const int n = static_cast<int>(end - i);
             if (kGrad) store_part(grad + i, n, gradient_at(x, i, f));
-            V no_s = nothing_to(row.from_s), no_t = nothing_to(row.from_t);
+            V no_s = none_s, no_t = none_t;
             if (kNear) {                                    // with a small w
                 no_t = all<V>(row.from_t - R(110) * std::fmax(R(1), R(job.T)));
                 no_s = no_t + apart;
             }
-            exponentials(i, load_part(row_s + i, n, no_s), load_part(row_t + i, n, no_t), odd);
+            exponentials(i, hidden(load_part(row_s + i, n, no_s), row.label - i, no_s),
+                         hidden(load_part(row_t + i, n, no_t), row.label - i, no_t), odd);
         }
         z.top_s = top_s;
         z.top_t = top_t;
@@ -370,12 +390,16 @@ class WideRows {
         return kl < 0.03 + 0.16 * std::sqrt(top) || (top > 0.1 && std::fabs(top_s - top_t) < 0.15 * top);
     }
 
-    // KL of the row in close form, with lambda = 0: M = sum p_t (e^w - 1) is about 0 here. p_t (e^w - 1) takes the place
-    // of e_s, so that the gradient is made as for every row, from p_s - p_t = (p_t (e^w - 1) - M p_t) / (1 + M). After a
-    // sweep in near form M may still be too large beside that; then NaN.
+    // T log(Z_s / Z_t), as the exponentials have it, with the difference of the references
+    double distance(const Row<E>& row, double zs, double zt) const {
+        return double(row.from_s) - double(row.from_t) + job.T * std::log(zs / zt);
+    }
+
+    // KL of the row in close form, with c = distance and lambda = 0: M = sum p_t (e^w - 1) is about 0 here. p_t (e^w - 1)
+    // takes the place of e_s, so that the gradient is made as for every row, from p_s - p_t =
+    // (p_t (e^w - 1) - M p_t) / (1 + M). After a sweep in near form M may still be too large beside that; then NaN.
     template <bool kNear>
-    double close_row(const Row<E>& row, double c, double zs, double zt, double top, double kl_grad,
-                     Factors<V>& f) const {
+    double close_row(const Row<E>& row, double c, double zs, double zt, double top, double& M) const {
         Close<V> k = {};
         k.c = all<V>(R(c));
         k.c_error = all<V>(R(c - double(R(c))));
@@ -397,11 +421,15 @@ class WideRows {
         along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
                      [&](int64_t i, int n) { one(load_part(row.s + i, n, low), load_part(row.t + i, n, low), i); },
                      [&] { mass.carry(); value.carry(); });
-        const double M = mass.total();
+        M = mass.total();
         if (kNear && max_of(most) < 2 * top * std::fabs(M)) return NAN;
-        f.s = all<V>(R(kl_grad / (1 + M)));
-        f.t = all<V>(R(kl_grad * M / (1 + M) / zt));
         return value.total() + (std::log1p(M) - M);
+    }
+
+    // What makes the gradient of a row in close form
+    static void close_factors(double g, double M, double zt, Factors<V>& f) {
+        f.s = all<V>(R(g / (1 + M)));
+        f.t = all<V>(R(g * M / (1 + M) / zt));
     }
 
     // KL of the row after a sweep in near form. With w = v + lambda, M = sum p_t (e^w - 1) = e^lambda - 1, and KL and
@@ -412,8 +440,12 @@ class WideRows {
         const double zt = z.zt.total(), M = z.m.total() / zt, lambda = std::log1p(M);
         const double above = z.zs.total() / zt, kl = above - (M - lambda);
         const double top = max_of(softened_exp(z.top_t - row.from_t, temperature));
-        if (kl < 0.5 * above || max_of(z.top_change) < 2 * top * std::fabs(M))
-            return close_row<true>(row, row.apart + job.T * lambda, zt * (1 + M), zt, top / zt, kl_grad, f);
+        if (kl < 0.5 * above || max_of(z.top_change) < 2 * top * std::fabs(M)) {
+            double rest;
+            const double value = close_row<true>(row, row.apart + job.T * lambda, zt * (1 + M), zt, top / zt, rest);
+            close_factors(kl_grad, rest, zt, f);
+            return value;
+        }
         f.s = all<V>(R(kl_grad / zt / (1 + M)));
         f.t = all<V>(R(kl_grad / zt / (1 + M) * M));
         return kl;
@@ -423,8 +455,45 @@ class WideRows {
     bool excludes_more(const Row<E>& row) const {
         const E *out = kReverse ? row.t : row.s, *in = kReverse ? row.s : row.t;
         for (int64_t i = 0; i < cols; ++i)
-            if (to_real(out[i]) == -INFINITY && to_real(in[i]) > -INFINITY) return true;
+            if (to_real(out[i]) == -INFINITY && to_real(in[i]) > -INFINITY && !(kLabel && i == row.label)) return true;
         return false;
+    }
+
+    // DKD, from the sums over all classes but the label. The label's place in the scratch is free, and gets what makes its
+    // gradient.
+    double decoupled(const Row<E>& row, double zs, double zt, double m, bool excludes, const Sums<V>& z, double g, Factors<V>& f) const {
+        const double s = double(to_real(row.s[row.label])), t = double(to_real(row.t[row.label]));
+        R &es = x.es[row.label], &et = x.et[row.label];
+        es = et = 0;
+        if (zs == 0 && zt == 0) {                           // no other class: both parts are 0, unless there is no class at all
+            const double nothing = std::isfinite(s) && std::isfinite(t) ? 0 : NAN;
+            f.s = f.t = all<V>(R(nothing));
+            return nothing;
+        }
+        const double l_t = (t - double(row.from_t)) / job.T - std::log(zt);
+        double l_s = (s - double(row.from_s)) / job.T - std::log(zs), D = l_s - l_t, M = 0;
+        double nckd = zs > 0 && zt > 0 ? m / zt / job.T + std::log(zs / zt) : NAN;
+        bool close = false;
+        if (excludes && nckd == nckd && excludes_more(row)) nckd = INFINITY;
+        else close = is_close(row, nckd, zs, zt, z);
+        if (close) {
+            const double c = distance(row, zs, zt);
+            nckd = close_row<false>(row, c, zs, zt, 1, M);
+            const Difference<double> d(s, t);
+            if (std::isfinite(d.difference)) {
+                D = ((d.difference - c) + d.error) / job.T - std::log1p(M);
+                l_s = l_t + D;
+            }
+        }
+        const Coin tckd = toss<R>(l_s, l_t, D);
+        const double of_label = job.mix * tckd.slope, at_label = g * of_label;
+        const double of_s = close ? g * (job.others - of_label) / (1 + M) : g * (job.others - of_label) / zs;
+        const double of_t = close ? g * (job.others * M + of_label) / (1 + M) / zt : g * job.others / zt;
+        f.s = all<V>(R(of_s));
+        f.t = all<V>(R(of_t));
+        if (std::fabs(of_s) > std::fabs(of_t)) es = R(at_label / of_s);
+        else if (of_t != 0) et = R(-at_label / of_t);
+        return job.mix * tckd.value + job.others * nckd;
     }
 
     // The row's logits in the precision of the arithmetic, copied if they are not
@@ -457,14 +526,18 @@ class WideRows {
         const double zs = z.zs.total(), zt = z.zt.total(), summed = z.m.total();
         const bool excludes = !std::isfinite(summed);       // a class at -inf, or the row is spoiled anyway
         const bool row_is_fine = zs > 0 && zt > 0;          // neither NaN nor a row wholly at -inf
+        if constexpr (kLabel) return decoupled(row, zs, zt, excludes ? sum_of_differences(row) : summed, excludes, z, g, f);
         if (kForward && job.kind != KDLAB_TOTAL_VARIATION) {
-            const double m = excludes ? sum_of_differences(row) : summed, ratio = std::log(zs / zt);
+            const double m = excludes ? sum_of_differences(row) : summed;
             f.s = all<V>(R(g / zs));
             f.t = all<V>(R(g / zt));
-            double kl = row_is_fine ? m / zt / job.T + ratio : NAN;
+            double kl = row_is_fine ? m / zt / job.T + std::log(zs / zt) : NAN;
             if (excludes && kl == kl && excludes_more(row)) kl = INFINITY;
-            else if (is_close(row, kl, zs, zt, z))
-                kl = close_row<false>(row, double(row.from_s) - double(row.from_t) + job.T * ratio, zs, zt, 1, g, f);
+            else if (is_close(row, kl, zs, zt, z)) {
+                double M;
+                kl = close_row<false>(row, distance(row, zs, zt), zs, zt, 1, M);
+                close_factors(g, M, zt, f);
+            }
             if (kSoftCE)
                 kl += FamilyRows<KDLAB_SOFT_CROSS_ENTROPY, V>(job, temperature, x)
                           .entropy_of(real(row), max_of(z.top_t), z.entropy.total(), zt, excludes);
@@ -480,7 +553,14 @@ class WideRows {
 
     // CE with label y. Leaves h_y - Z_h in the place of h_y, so that the gradient is h / Z_h everywhere; from the other
     // classes where the label has most of the mass, because the difference would cancel.
-    double hard_label(const Row<E>& row, int64_t y, double zh) const {
+    double hard_label(const Row<E>& row, int64_t y, double& zh) const {
+        if (kLabel) {                                       // the sums lack it
+            const double s = double(to_real(row.s[y])), odds = double(row.from_s) - s + std::log(zh);
+            const double spoil = s < INFINITY ? 0 : NAN;
+            x.h[y] = R(-zh);
+            zh = zh == 0 ? 1 : zh * (1 + std::exp(-odds)) + spoil;
+            return softplus(odds) + spoil;
+        }
         double hy = x.h[y], others = zh - hy;
         bool confident = hy > 0.5 * zh;
         if (confident) {

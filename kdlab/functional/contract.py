@@ -103,9 +103,9 @@ def check_backend(backend:str)->None:
     if backend not in ("auto", "torch", "cpp", "cuda"):
         raise ValueError(f"backend must be 'auto', 'torch', 'cpp' or 'cuda', got {backend!r}")
 
-# %% ../../nbs/api/functional/01_contract.ipynb #16a535ae
+# %% ../../nbs/api/functional/01_contract.ipynb #35c5899c
 def classes_last(x:Tensor, dim:int)->Tensor:
     "A view of `x` with its class dimension last."
-    if dim == -1: return x
+    if dim in (-1, x.dim() - 1): return x
     if not -x.dim() <= dim < x.dim(): raise ValueError(f"dim={dim} is outside the logits' {x.dim()} dimensions")
     return x.movedim(dim, -1)

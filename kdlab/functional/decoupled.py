@@ -5,25 +5,16 @@
 # %% auto #0
 __all__ = ['dkd', 'dkd_parts']
 
-# %% ../../nbs/api/functional/14_decoupled.ipynb #9bc02f63
+# %% ../../nbs/api/functional/14_decoupled.ipynb #534088f1
 import torch
 from torch import Tensor
 from .. import logit_reference as reference
 from .. import ops
-from .contract import check_logits, check_reduction, check_row_temperature, check_weight, pick_target
-from .divergences import _rows
-from .logits import check_no_kernel, plain_rows
+from .contract import check_weight
+from .divergences import _divergence, question
+from .logits import plain_rows
 
-# %% ../../nbs/api/functional/14_decoupled.ipynb #e15bfd40
-def _checked(student, teacher, target, labels, mask, row_weight, T, dim, ignore_index, detach_teacher):
-    "Checked tensors, classes last."
-    rows = _rows(student, teacher, pick_target(target, labels), mask, row_weight, dim, detach_teacher)
-    check_logits("teacher", teacher)
-    check_row_temperature(T, rows[0])
-    if rows[2] is None: raise ValueError("dkd needs labels, one class index a row: pass target=")
-    ops.refuse_bad_labels(rows[0], rows[2], mask, ignore_index)
-    return rows
-
+# %% ../../nbs/api/functional/14_decoupled.ipynb #ee99b922
 def dkd(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -35,7 +26,7 @@ def dkd(
     beta:float=8.0, # weight of NCKD: which of the other classes
     t_squared:bool=True, # multiply by T²
     dim:int=-1, mask:Tensor|None=None, ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean",
-    normalizer:float|Tensor|None=None, detach_teacher:bool=True, backend:str="auto", # as in `forward_kl`; no kernel
+    normalizer:float|Tensor|None=None, detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """alpha * TCKD + beta * NCKD, times T²: the label against the rest, and the rest among themselves.
 
@@ -48,17 +39,12 @@ def dkd(
     NCKD 0.
     Raises ValueError without labels or for one out of range, TypeError or ValueError for arguments that do not
     match."""
-    check_reduction(reduction, normalizer)
-    check_no_kernel("dkd", backend)
-    check_weight("alpha", alpha), check_weight("beta", beta)
-    rows = _checked(student, teacher, target, labels, mask, row_weight, T, dim, ignore_index, detach_teacher)
-    q = ops.Question(reduction=reduction, normalizer=normalizer, ignore_index=ignore_index)
-    def formula(s, t, y, T):
-        tckd, nckd = reference.stable_dkd_parts(s, t, y, T)
-        return (alpha * tckd + beta * nckd) * _square(T, t_squared)
-    return plain_rows(formula, *rows, T, q)
+    alpha, beta = check_weight("alpha", alpha), check_weight("beta", beta)
+    return _divergence("dkd", alpha, student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim, mask=mask,
+                       ignore_index=ignore_index, row_weight=row_weight, reduction=reduction, normalizer=normalizer,
+                       detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad, others=beta)
 
-# %% ../../nbs/api/functional/14_decoupled.ipynb #100b40ac
+# %% ../../nbs/api/functional/14_decoupled.ipynb #8ff7c417
 def _square(T, t_squared:bool):
     "T², one number or one a row; 1 without it."
     if not t_squared: return 1.
@@ -73,7 +59,8 @@ def dkd_parts(
     ignore_index:int=-100, # all as in `dkd`
 )->tuple[Tensor, Tensor]: # (...) each, 0 where a row does not count
     "TCKD and NCKD of every row, times T², unweighted and detached."
-    rows = _checked(student, teacher, target, labels, mask, None, T, dim, ignore_index, True)
-    q = ops.Question(reduction="none", ignore_index=ignore_index)
+    rows, q = question(student, teacher, target, labels=labels, T=T, dim=dim, mask=mask, ignore_index=ignore_index,
+                       reduction="none", kind="dkd")
+    ops.refuse_bad_labels(rows[0], rows[2], mask, ignore_index)
     formula = lambda part: lambda s, t, y, T: reference.stable_dkd_parts(s, t, y, T)[part] * _square(T, t_squared)
     with torch.no_grad(): return tuple(plain_rows(formula(i), *rows, T, q) for i in range(2))

@@ -30,7 +30,7 @@ def _rows(student, teacher, target, mask, row_weight, dim, detach_teacher):
     if row_weight is not None: check_rows("row_weight", row_weight, student, "float")
     return student, teacher, target, mask, row_weight
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #4c99db2f
+# %% ../../nbs/api/functional/02_divergences.ipynb #9af31663
 def question(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor|None, # teacher logits, same shape; None asks for the hard term alone
@@ -44,6 +44,7 @@ def question(
     detach_teacher:bool=True, backend:str="auto",
     kind:str="forward_kl", # the name of the divergence in this module
     mix:float=0.0, # its beta or alpha; for logit_mse 1 to centre
+    others:float=0.0, # beta of dkd
 )->tuple[tuple, ops.Question]: # (student, teacher, target, mask, row_weight), and what to compute
     "Check every argument of a loss on rows of logits and put the question that `ops` answers."
     check_reduction(reduction, normalizer)
@@ -51,24 +52,26 @@ def question(
     rows = _rows(student, teacher, pick_target(target, labels), mask, row_weight, dim, detach_teacher)
     check_row_temperature(T, rows[0])
     if hard_weight is not None and rows[2] is None: raise ValueError("cross-entropy needs labels: pass target=")
+    if kind in ops._LABELLED and teacher is not None and rows[2] is None:
+        raise ValueError(f"{kind} needs labels, one class index a row: pass target=")
     hard, soft = hard_weight is not None, teacher is not None
     return rows, ops.Question(T, t_squared, soft_weight if soft else 0., hard_weight if hard else 0., ignore_index,
-                              reduction, normalizer, hard, soft, kind, mix)
+                              reduction, normalizer, hard, soft, kind, mix, others)
 
 def _divergence(kind:str, mix:float, student, teacher, target, *, labels, T, t_squared, dim, mask, ignore_index, row_weight,
-                reduction, normalizer, detach_teacher, backend)->Tensor:
+                reduction, normalizer, detach_teacher, backend, inplace_grad=False, others=0.)->Tensor:
     "Ask the question of one divergence alone."
     if (labels is mask is row_weight is normalizer is None and dim == -1 and reduction == "mean"
-            and detach_teacher and backend == "auto"): # mostly so: then try without more ado
-        loss = ops.ordinary(student, teacher, target, T, t_squared, 1., 0., ignore_index, kind, mix)
+            and detach_teacher and backend == "auto" and not inplace_grad): # mostly so: then try without more ado
+        loss = ops.ordinary(student, teacher, target, T, t_squared, 1., 0., ignore_index, kind, mix, others)
         if loss is not None: return loss
     check_logits("teacher", teacher)
     rows, q = question(student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim, mask=mask,
                        ignore_index=ignore_index, row_weight=row_weight, reduction=reduction, normalizer=normalizer,
-                       detach_teacher=detach_teacher, backend=backend, kind=kind, mix=mix)
-    return ops.answer(*rows, q, backend)
+                       detach_teacher=detach_teacher, backend=backend, kind=kind, mix=mix, others=others)
+    return ops.answer(*rows, q, backend, inplace_grad)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #e0dd8f72
+# %% ../../nbs/api/functional/02_divergences.ipynb #4df16141
 def forward_kl(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape; stored log-probabilities serve as well (softmax undoes a shift)
@@ -85,17 +88,25 @@ def forward_kl(
     normalizer:float|Tensor|None=None, # replaces the denominator of mean
     detach_teacher:bool=True, # False lets gradients into the teacher (through the torch backend)
     backend:str="auto", # auto, torch, cpp or cuda
+    inplace_grad:bool=False, # write the gradient over `student`, whose logits are lost: no memory but theirs
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """KL(teacher || student) of the softened distributions, times T².
 
     Hinton, Vinyals, Dean 2015 (arXiv:1503.02531), section 2. Classes are summed, rows averaged: torch spells this
     `F.kl_div(log_softmax(student/T), log_softmax(teacher/T), reduction="batchmean", log_target=True) * T**2`.
-    Raises TypeError or ValueError, with shapes, for logits that do not match or options that do not exist."""
+    Raises TypeError or ValueError, with shapes, for logits that do not match or options that do not exist.
+
+    `inplace_grad=True`: after the call (in float16, after its backward) `student` reads as NaN, and what shares its memory,
+    such as a `detach()` made before, holds the gradient; measure first. There is one backward, without `create_graph`, and
+    torch raises in it if an operation before the loss had kept the logits (a `tanh` over them). ValueError where it cannot
+    be: a leaf, a view, an expanded or strided `student`, one narrower than the teacher or in one memory with another
+    argument, no kernel (`backend="torch"`, a T that learns or differs by row, `torch.func`), under `torch.compile` and
+    `torch.export`. Where no gradient is asked for, nothing is written."""
     return _divergence("forward_kl", 0., student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim,
                        mask=mask, ignore_index=ignore_index, row_weight=row_weight, reduction=reduction,
-                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend)
+                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #9bacea6c
+# %% ../../nbs/api/functional/02_divergences.ipynb #61d62748
 def reverse_kl(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -103,7 +114,7 @@ def reverse_kl(
     *,
     labels:Tensor|None=None, T:float|Tensor=1.0, t_squared:bool=True, dim:int=-1, mask:Tensor|None=None,
     ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean", normalizer:float|Tensor|None=None,
-    detach_teacher:bool=True, backend:str="auto", # all as in `forward_kl`
+    detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # all as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """KL(student || teacher) of the softened distributions, times T².
 
@@ -111,7 +122,7 @@ def reverse_kl(
     does not makes the row +inf, and its gradient NaN: no step leads out."""
     return _divergence("reverse_kl", 0., student, teacher, target, labels=labels, T=T, t_squared=t_squared,
                        dim=dim, mask=mask, ignore_index=ignore_index, row_weight=row_weight, reduction=reduction,
-                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend)
+                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
 # %% ../../nbs/api/functional/02_divergences.ipynb #694cd020
 def check_mix(name:str, x)->float:
@@ -120,7 +131,7 @@ def check_mix(name:str, x)->float:
         raise ValueError(f"{name} must be a number from 0 to 1, got {x!r}")
     return float(x)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #2f6c8687
+# %% ../../nbs/api/functional/02_divergences.ipynb #d73415fe
 def jsd(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -129,7 +140,7 @@ def jsd(
     beta:float=0.5, # weight of the teacher in the mixture, 0 to 1
     labels:Tensor|None=None, T:float|Tensor=1.0, t_squared:bool=True, dim:int=-1, mask:Tensor|None=None,
     ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean", normalizer:float|Tensor|None=None,
-    detach_teacher:bool=True, backend:str="auto", # all as in `forward_kl`
+    detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # all as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """beta * KL(teacher || m) + (1-beta) * KL(student || m) with m = beta * teacher + (1-beta) * student, times T².
 
@@ -137,9 +148,9 @@ def jsd(
     text below it: forward KL at beta=0, reverse KL at beta=1. At 0.5 it is symmetric and at most log 2 (times T²)."""
     return _divergence("jsd", check_mix("beta", beta), student, teacher, target, labels=labels, T=T, t_squared=t_squared,
                        dim=dim, mask=mask, ignore_index=ignore_index, row_weight=row_weight, reduction=reduction,
-                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend)
+                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #4d44d83f
+# %% ../../nbs/api/functional/02_divergences.ipynb #bebc8f7f
 def skew_kl(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -148,16 +159,16 @@ def skew_kl(
     alpha:float=0.1, # share of the teacher in the mixture, 0 to 1
     labels:Tensor|None=None, T:float|Tensor=1.0, t_squared:bool=True, dim:int=-1, mask:Tensor|None=None,
     ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean", normalizer:float|Tensor|None=None,
-    detach_teacher:bool=True, backend:str="auto", # all as in `forward_kl`
+    detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # all as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """KL(teacher || alpha * teacher + (1-alpha) * student), times T².
 
     DistiLLM (Ko et al. 2024, arXiv:2402.03898), section 3.1; the paper uses alpha = 0.1."""
     return _divergence("skew_kl", check_mix("alpha", alpha), student, teacher, target, labels=labels, T=T, t_squared=t_squared,
                        dim=dim, mask=mask, ignore_index=ignore_index, row_weight=row_weight, reduction=reduction,
-                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend)
+                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #d192ba91
+# %% ../../nbs/api/functional/02_divergences.ipynb #0be79235
 def skew_reverse_kl(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -166,16 +177,16 @@ def skew_reverse_kl(
     alpha:float=0.1, # share of the student in the mixture, 0 to 1
     labels:Tensor|None=None, T:float|Tensor=1.0, t_squared:bool=True, dim:int=-1, mask:Tensor|None=None,
     ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean", normalizer:float|Tensor|None=None,
-    detach_teacher:bool=True, backend:str="auto", # all as in `forward_kl`
+    detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # all as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """KL(student || alpha * student + (1-alpha) * teacher), times T².
 
     DistiLLM (Ko et al. 2024, arXiv:2402.03898), section 3.1; the paper uses alpha = 0.1."""
     return _divergence("skew_reverse_kl", check_mix("alpha", alpha), student, teacher, target, labels=labels, T=T, t_squared=t_squared,
                        dim=dim, mask=mask, ignore_index=ignore_index, row_weight=row_weight, reduction=reduction,
-                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend)
+                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #bb1f1642
+# %% ../../nbs/api/functional/02_divergences.ipynb #1c1d807e
 def total_variation(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -183,7 +194,7 @@ def total_variation(
     *,
     labels:Tensor|None=None, T:float|Tensor=1.0, t_squared:bool=True, dim:int=-1, mask:Tensor|None=None,
     ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean", normalizer:float|Tensor|None=None,
-    detach_teacher:bool=True, backend:str="auto", # all as in `forward_kl`
+    detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # all as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """Half the sum over classes of |teacher - student|, as probabilities at temperature T, times T²; in [0, 1] at T = 1.
 
@@ -191,9 +202,9 @@ def total_variation(
     its derivative is taken as 0."""
     return _divergence("total_variation", 0., student, teacher, target, labels=labels, T=T, t_squared=t_squared,
                        dim=dim, mask=mask, ignore_index=ignore_index, row_weight=row_weight, reduction=reduction,
-                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend)
+                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #9d58c168
+# %% ../../nbs/api/functional/02_divergences.ipynb #f033e04d
 def soft_cross_entropy(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -201,7 +212,7 @@ def soft_cross_entropy(
     *,
     labels:Tensor|None=None, T:float|Tensor=1.0, t_squared:bool=True, dim:int=-1, mask:Tensor|None=None,
     ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean", normalizer:float|Tensor|None=None,
-    detach_teacher:bool=True, backend:str="auto", # all as in `forward_kl`
+    detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False, # all as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """Cross-entropy of the student under the teacher's probabilities, -sum p_t log p_s, times T².
 
@@ -209,7 +220,7 @@ def soft_cross_entropy(
     no gradient sees."""
     return _divergence("soft_cross_entropy", 0., student, teacher, target, labels=labels, T=T, t_squared=t_squared,
                        dim=dim, mask=mask, ignore_index=ignore_index, row_weight=row_weight, reduction=reduction,
-                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend)
+                       normalizer=normalizer, detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
 # %% ../../nbs/api/functional/02_divergences.ipynb #baf2cca0
 def logit_mse(

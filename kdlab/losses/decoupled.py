@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['DKD']
 
-# %% ../../nbs/api/losses/11_decoupled.ipynb #c526b7b2
+# %% ../../nbs/api/losses/11_decoupled.ipynb #3e655e6a
 from ..functional import decoupled
 from ..functional.contract import check_weight
-from .logits import LogitLoss
-from .objective import Number, Part, check_temperature, live, shown
+from .divergences import Divergence
+from .objective import Part, shown
 
-# %% ../../nbs/api/losses/11_decoupled.ipynb #3c47da45
-class DKD(LogitLoss):
+# %% ../../nbs/api/losses/11_decoupled.ipynb #1b6b7be0
+class DKD(Divergence):
     """Decoupled KD: T² * (alpha * TCKD + beta * NCKD); see `kdlab.functional.dkd`.
 
     It needs labels: called as `(student, teacher, target)`."""
-    term, function, needs_labels = "dkd", staticmethod(decoupled.dkd), True
-    T = Number()
+    term, needs_labels, splits = "dkd", True, True
 
     def __init__(self,
         T:float=4.0, # temperature, > 0
@@ -29,15 +28,18 @@ class DKD(LogitLoss):
         ignore_index:int=-100, # rows with this label count in no term
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
-        backend:str="auto", # auto or torch: there is no kernel
+        backend:str="auto", # auto, torch or cpp: there is no CUDA kernel
+        inplace_grad:bool=False, # write the gradient over the student's logits, which are lost; see `forward_kl`
     ):
-        super().__init__(dim, ignore_index, reduction, detach_teacher, backend)
-        check_temperature(T)
-        self.T, self.t_squared = T, t_squared
+        super().__init__(T, t_squared=t_squared, dim=dim, ignore_index=ignore_index, reduction=reduction,
+                         detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
         self.alpha, self.beta = check_weight("alpha", alpha), check_weight("beta", beta)
 
-    def options(self):
-        return super().options() | {"T": live(self, "T"), "alpha": self.alpha, "beta": self.beta, "t_squared": self.t_squared}
+    @property
+    def mix(self)->float: return check_weight("alpha", self.alpha)
+
+    @property
+    def others(self)->float: return check_weight("beta", self.beta)
 
     def parts(self, student, teacher, target=None, *, labels=None, mask=None)->dict[str, Part]:
         "TCKD and NCKD of every row, times T², detached, with alpha and beta as their weights."
@@ -46,8 +48,8 @@ class DKD(LogitLoss):
         return {"tckd": Part(self.alpha, rows[0]), "nckd": Part(self.beta, rows[1])}
 
     def extra_repr(self):
-        return (f"T={shown(self.T):g}, alpha={self.alpha:g}, beta={self.beta:g}"
-                + ("" if self.t_squared else ", t_squared=False"))
+        T, *rest = super().extra_repr().split(", ")
+        return ", ".join([T, f"alpha={self.alpha:g}", f"beta={self.beta:g}", *rest])
 
     def equation(self)->str:
         "The loss as it is written on paper."

@@ -14,7 +14,7 @@ from ..functional.divergences import check_mix
 from ..functional.labels import check_smoothing, cross_entropy
 from .objective import Number, Part, RowLoss, check_temperature, shown
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #c42bb964
+# %% ../../nbs/api/losses/02_divergences.ipynb #adb623e8
 class Divergence(RowLoss):
     """A divergence at temperature T between teacher and student; see the function `term` in `kdlab.functional`.
 
@@ -32,12 +32,14 @@ class Divergence(RowLoss):
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
         backend:str="auto", # auto, torch, cpp or cuda
+        inplace_grad:bool=False, # write the gradient over the student's logits, which are lost; see `forward_kl`
     ):
         super().__init__(dim, ignore_index, reduction, detach_teacher, backend)
         check_temperature(T)
-        self.T, self.t_squared = T, t_squared
+        self.T, self.t_squared, self.inplace_grad = T, t_squared, inplace_grad
 
-    def extra_repr(self): return f"T={shown(self.T):g}" + ("" if self.t_squared else ", t_squared=False")
+    def extra_repr(self):
+        return f"T={shown(self.T):g}" + ", t_squared=False" * (not self.t_squared) + ", inplace_grad=True" * self.inplace_grad
 
     def equation(self)->str:
         "The loss as it is written on paper."
@@ -46,7 +48,7 @@ class Divergence(RowLoss):
         spell = {"P": f"softmax(teacher/{T:g})", "Q": f"softmax(student/{T:g})"}
         return square + re.sub(r"\b[PQ]\b", lambda found: spell[found[0]], self.written)
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #1babbc9d
+# %% ../../nbs/api/losses/02_divergences.ipynb #d8617fc2
 class ForwardKL(Divergence):
     "T² * KL(teacher || student) at temperature T; see `kdlab.functional.forward_kl`."
     term, written = "forward_kl", "KL(P ‖ Q)"
@@ -54,9 +56,9 @@ class ForwardKL(Divergence):
 class SoftKL(ForwardKL):
     "Hinton's distillation loss: `ForwardKL` at T = 4 unless said (Hinton et al. 2015, arXiv:1503.02531)."
     def __init__(self, T:float=4.0, *, t_squared:bool=True, dim:int=-1, ignore_index:int=-100, reduction:str="mean",
-                 detach_teacher:bool=True, backend:str="auto"):
+                 detach_teacher:bool=True, backend:str="auto", inplace_grad:bool=False):
         super().__init__(T, t_squared=t_squared, dim=dim, ignore_index=ignore_index, reduction=reduction,
-                         detach_teacher=detach_teacher, backend=backend)
+                         detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad)
 
 # %% ../../nbs/api/losses/02_divergences.ipynb #0dd4d4a9
 class ReverseKL(Divergence):
@@ -71,7 +73,7 @@ class SoftCrossEntropy(Divergence):
     "T² * cross-entropy with the teacher's probabilities as labels; see `kdlab.functional.soft_cross_entropy`."
     term, written = "soft_cross_entropy", "CE(P, Q)"
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #5ec77c4c
+# %% ../../nbs/api/losses/02_divergences.ipynb #4b30d473
 class _Mixing(Divergence):
     "A divergence from a mixture, whose weight is called `weight_name`."
     weight_name = "alpha"
@@ -94,19 +96,21 @@ class JSD(_Mixing):
     term, weight_name, written = "jsd", "beta", "(a·KL(P ‖ M) + b·KL(Q ‖ M)), M = a·P + b·Q"
 
     def __init__(self, T:float=1.0, *, beta:float=0.5, t_squared:bool=True, dim:int=-1, ignore_index:int=-100,
-                 reduction:str="mean", detach_teacher:bool=True, backend:str="auto"):
+                 reduction:str="mean", detach_teacher:bool=True, backend:str="auto",
+                 inplace_grad:bool=False):
         super().__init__(beta, T, dict(t_squared=t_squared, dim=dim, ignore_index=ignore_index, reduction=reduction,
-                                       detach_teacher=detach_teacher, backend=backend))
+                                       detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad))
 
-# %% ../../nbs/api/losses/02_divergences.ipynb #30f2dacc
+# %% ../../nbs/api/losses/02_divergences.ipynb #af3e9bde
 class SkewKL(_Mixing):
     "T² * KL(teacher || alpha * teacher + (1-alpha) * student) at temperature T; see `kdlab.functional.skew_kl`."
     term, written = "skew_kl", "KL(P ‖ a·P + b·Q)"
 
     def __init__(self, T:float=1.0, *, alpha:float=0.1, t_squared:bool=True, dim:int=-1, ignore_index:int=-100,
-                 reduction:str="mean", detach_teacher:bool=True, backend:str="auto"):
+                 reduction:str="mean", detach_teacher:bool=True, backend:str="auto",
+                 inplace_grad:bool=False):
         super().__init__(alpha, T, dict(t_squared=t_squared, dim=dim, ignore_index=ignore_index, reduction=reduction,
-                                        detach_teacher=detach_teacher, backend=backend))
+                                        detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad))
 
 class SkewReverseKL(SkewKL):
     "T² * KL(student || alpha * student + (1-alpha) * teacher); see `kdlab.functional.skew_reverse_kl`."

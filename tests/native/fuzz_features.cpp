@@ -4,61 +4,10 @@
 //
 // Built with AddressSanitizer and UndefinedBehaviorSanitizer; every buffer has exactly the size it must have. Each case
 // is computed with one, two and four threads, whose results must be the same bits.
-#include <chrono>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
-
+#include "fuzz.h"
 #include "kdlab_features.h"
 
 namespace {
-
-typedef std::mt19937_64 Random;
-typedef std::vector<double> Numbers;
-
-int64_t pick(Random& r, int64_t below) { return static_cast<int64_t>(r() % static_cast<uint64_t>(below)); }
-bool chance(Random& r, double p) { return std::uniform_real_distribution<>(0, 1)(r) < p; }
-
-// Numbers as the kernel reads them: float, double or bfloat16, in as many bytes as they need.
-struct Array {
-    int dtype;
-    int64_t count;
-    std::unique_ptr<char[]> bytes;
-    Array(int d, int64_t n) : dtype(d), count(n), bytes(new char[n * size()]()) {}
-    int64_t size() const { return dtype == KDLAB_F64 ? 8 : dtype == KDLAB_F32 ? 4 : 2; }
-    void* data() const { return bytes.get(); }
-
-    void set(int64_t i, double x) {
-        const float f = static_cast<float>(x);
-        uint32_t b;
-        std::memcpy(&b, &f, 4);
-        const uint16_t h = static_cast<uint16_t>(b >> 16);
-        if (dtype == KDLAB_F64) std::memcpy(&bytes[i * 8], &x, 8);
-        else if (dtype == KDLAB_F32) std::memcpy(&bytes[i * 4], &f, 4);
-        else std::memcpy(&bytes[i * 2], &h, 2);
-    }
-    double get(int64_t i) const {
-        double d;
-        float f;
-        uint16_t h;
-        if (dtype == KDLAB_F64) return std::memcpy(&d, &bytes[i * 8], 8), d;
-        if (dtype == KDLAB_F32) return std::memcpy(&f, &bytes[i * 4], 4), f;
-        std::memcpy(&h, &bytes[i * 2], 2);
-        const uint32_t b = static_cast<uint32_t>(h) << 16;
-        return std::memcpy(&f, &b, 4), f;
-    }
-    Numbers part(int64_t from, int64_t n) const {
-        Numbers x(n);
-        for (int64_t i = 0; i < n; ++i) x[i] = get(from + i);
-        return x;
-    }
-    bool equals(const Array& other) const { return !std::memcmp(data(), other.data(), count * size()); }
-};
 
 [[noreturn]] void fail(const char* isa, const char* what, int dtype, int64_t a, int64_t b, double got, double want) {
     std::printf("FAILED %s (%s, dtype %d) at %lld %lld: got %.17g, want %.17g\n", what, isa, dtype, (long long)a, (long long)b,
@@ -294,16 +243,8 @@ void one_of_dist(Random& r, const char* isa) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const double seconds = argc > 1 ? std::atof(argv[1]) : 10;
-    const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-    const auto start = std::chrono::steady_clock::now();
-    int64_t cases = 0;
-    while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds)
-        for (int i = 0; const char* isa = kdlab_isa_at(i); ++i, ++cases) {
-            kdlab_set_isa(isa);
-            Random r(seed * 1000003 + static_cast<uint64_t>(cases));
-            if (chance(r, .7)) one_of_features(r, isa);
-            else one_of_dist(r, isa);
-        }
-    std::printf("%lld cases, no failure\n", static_cast<long long>(cases));
+    return fuzz(argc, argv, [](Random& r, const char* isa) {
+        if (chance(r, .7)) one_of_features(r, isa);
+        else one_of_dist(r, isa);
+    });
 }

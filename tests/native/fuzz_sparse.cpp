@@ -3,46 +3,10 @@
 //     fuzz_sparse [seconds] [seed]
 //
 // Built with AddressSanitizer and UndefinedBehaviorSanitizer; every buffer has exactly the size it must have.
-#include <chrono>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
-
+#include "fuzz.h"
 #include "kdlab_sparse.h"
 
 namespace {
-
-typedef std::mt19937_64 Random;
-
-int64_t pick(Random& r, int64_t below) { return static_cast<int64_t>(r() % static_cast<uint64_t>(below)); }
-bool chance(Random& r, double p) { return std::uniform_real_distribution<>(0, 1)(r) < p; }
-
-// Numbers as the kernel reads them: float, double or bfloat16 (which truncates: any value will do).
-struct Array {
-    int dtype;
-    std::unique_ptr<char[]> bytes;
-    Array(int d, int64_t n) : dtype(d), bytes(new char[n * size()]()) {}
-    int64_t size() const { return dtype == KDLAB_F64 ? 8 : dtype == KDLAB_F32 ? 4 : 2; }
-
-    void set(int64_t i, double x) {
-        if (dtype == KDLAB_F64) std::memcpy(&bytes[i * 8], &x, 8);
-        float f = static_cast<float>(x);
-        if (dtype == KDLAB_F32) std::memcpy(&bytes[i * 4], &f, 4);
-        if (dtype == KDLAB_BF16) std::memcpy(&bytes[i * 2], reinterpret_cast<char*>(&f) + 2, 2);
-    }
-    double get(int64_t i) const {
-        double d;
-        float f = 0;
-        if (dtype == KDLAB_F64) return std::memcpy(&d, &bytes[i * 8], 8), d;
-        if (dtype == KDLAB_F32) return std::memcpy(&f, &bytes[i * 4], 4), f;
-        return std::memcpy(reinterpret_cast<char*>(&f) + 2, &bytes[i * 2], 2), f;
-    }
-};
 
 struct Row { double value; std::vector<double> grad; };          // d value / d (s / T)
 
@@ -91,12 +55,6 @@ Row definition(const std::vector<double>& s, const std::vector<double>& p_kept, 
                 "reverse %d\n", what, (long long)row, got, want, isa, a.dtype, (long long)a.rows, (long long)a.cols,
                 (long long)a.k, a.T, a.tail, a.reverse);
     std::exit(1);
-}
-
-bool same(double got, double want, double tolerance) {
-    if (std::isnan(want)) return std::isnan(got);
-    if (std::isinf(want)) return got == want;
-    return std::fabs(got - want) <= tolerance;
 }
 
 void once(Random& r, const char* isa) {
@@ -161,9 +119,7 @@ void once(Random& r, const char* isa) {
     b.out = out2.bytes.get();
     b.threads = 2;
     kdlab_sparse_cpu(&b);
-    if (std::memcmp(out.bytes.get(), out2.bytes.get(), a.rows * out.size()) ||
-        std::memcmp(grad.bytes.get(), again.bytes.get(), a.rows * a.cols * grad.size()))
-        fail(a, isa, "threads", 0, 0, 0);
+    if (!out2.equals(out) || !again.equals(grad)) fail(a, isa, "threads", 0, 0, 0);
 
     int64_t first = -1;
     const double eps = a.dtype == KDLAB_F64 ? 1e-11 : 2e-6, rounding = a.dtype == KDLAB_BF16 ? 4e-3 : 0;
@@ -188,16 +144,4 @@ void once(Random& r, const char* isa) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-    const double seconds = argc > 1 ? std::atof(argv[1]) : 10;
-    const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-    const auto start = std::chrono::steady_clock::now();
-    int64_t cases = 0;
-    while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds)
-        for (int i = 0; const char* isa = kdlab_isa_at(i); ++i, ++cases) {
-            kdlab_set_isa(isa);
-            Random r(seed * 1000003 + static_cast<uint64_t>(cases));
-            once(r, isa);
-        }
-    std::printf("%lld cases, no failure\n", static_cast<long long>(cases));
-}
+int main(int argc, char** argv) { return fuzz(argc, argv, once); }
