@@ -7,13 +7,13 @@ __all__ = ['BACKENDS', 'threads', 'Question', 'torch_rows', 'reduce_rows', 'torc
            'soft_kl_backward_op', 'refuse_bad_labels', 'backend_from', 'wanted', 'choose', 'answer', 'ordinary',
            'row_terms']
 
-# %% ../nbs/api/02_ops.ipynb #8e046094
+# %% ../nbs/api/02_ops.ipynb #1716ebeb
 import math
 import os
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from . import cuda_ops, reference
+from . import closed_forms, cuda_ops, reference
 
 # %% ../nbs/api/02_ops.ipynb #6d9db428
 try:
@@ -63,9 +63,9 @@ def _denominator(valid:Tensor|None, rows:Tensor, q:Question)->float|Tensor:
     if valid is None: return max(1, rows.numel())
     return valid.sum().clamp(min=1)
 
-# %% ../nbs/api/02_ops.ipynb #9a53ef00
+# %% ../nbs/api/02_ops.ipynb #94b92069
 def _wide(student:Tensor, teacher:Tensor|None)->torch.dtype:
-    "What plain torch computes in: float64 on the CPU, where it need not be fast; else float32 or the widest input."
+    "What autograd computes in: float64 on the CPU; else float32 or the widest input."
     if student.device.type == "cpu": return torch.float64
     wide = torch.promote_types(student.dtype, torch.float32)
     return wide if teacher is None else torch.promote_types(wide, teacher.dtype)
@@ -74,7 +74,7 @@ def _by_row(T)->bool:
     "Does `T` hold one number a row?"
     return isinstance(T, Tensor) and T.dim() > 0
 
-_MIXED = "jsd", "skew_kl", "skew_reverse_kl", "logit_mse" # the divergences that take Question.mix
+_MIXED = *closed_forms.MIXED, "logit_mse" # the divergences that take Question.mix
 
 def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)->dict[str, Tensor]:
     "The unweighted terms, a value a row each."
@@ -110,16 +110,20 @@ def reduce_rows(rows:Tensor, valid:Tensor|None, row_weight:Tensor|None, q:Questi
     if q.reduction == "sum": return rows.sum()
     return rows.sum() / _denominator(valid, rows, q) if q.reduction == "mean" else rows
 
-# %% ../nbs/api/02_ops.ipynb #263800f0
+# %% ../nbs/api/02_ops.ipynb #29180d28
+def _weighted(terms:dict[str, Tensor], valid, row_weight, q:Question)->Tensor:
+    "Terms by row, weighted and reduced."
+    weights = {q.kind: q.kl_weight, "cross_entropy": q.ce_weight}
+    rows = [weights[k] * v for k, v in terms.items()]
+    return reduce_rows(rows[0] if len(rows) == 1 else sum(rows), valid, row_weight, q)
+
 def torch_loss(student, teacher, target, mask, row_weight, q:Question)->Tensor:
-    "The whole question in plain torch: differentiable as often as you like, in every argument."
+    "The whole question by autograd through the reference: differentiable as often as you like, in every argument."
     if student.device.type != "mps" and torch.is_autocast_enabled(student.device.type):
         with torch.autocast(student.device.type, enabled=False):
             return torch_loss(student, teacher, target, mask, row_weight, q)
     terms, valid = torch_rows(student, teacher, target, mask, q)
-    weights = {q.kind: q.kl_weight, "cross_entropy": q.ce_weight}
-    rows = sum(weights[k] * v for k, v in terms.items())
-    return reduce_rows(rows, valid, row_weight, q).to(_loss_dtype(student, teacher))
+    return _weighted(terms, valid, row_weight, q).to(_loss_dtype(student, teacher))
 
 # %% ../nbs/api/02_ops.ipynb #adc63780
 def _loss_dtype(student:Tensor, teacher:Tensor|None)->torch.dtype:
@@ -127,8 +131,85 @@ def _loss_dtype(student:Tensor, teacher:Tensor|None)->torch.dtype:
     double = student.dtype == torch.float64 or (teacher is not None and teacher.dtype == torch.float64)
     return torch.float64 if double else torch.float32
 
-# %% ../nbs/api/02_ops.ipynb #21b2bb18
+# %% ../nbs/api/02_ops.ipynb #abb89df3
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+def _learns(x)->bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+def _has_closed_form(student, teacher, row_weight, q:Question)->bool:
+    "Do `closed_forms` answer this question? Not for a derivative other than the student's first, nor inside a graph."
+    if _as_operator() or _transforming() or student.numel() == 0: return False
+    if q.use_kl and q.kind not in closed_forms.KINDS: return False
+    if student.dtype not in _CODES or (teacher is not None and teacher.dtype not in _CODES): return False
+    return not any(map(_learns, (teacher, row_weight, q.T, q.kl_weight, q.ce_weight, q.normalizer)))
+
+# %% ../nbs/api/02_ops.ipynb #1cb8c41f
+def _one_a_row(x):
+    "A tensor with a number for each row as (n, 1); on the CPU a number as a float, and others in float64."
+    if not isinstance(x, Tensor): return x
+    if x.device.type != "cpu": return x.reshape(-1, 1) if x.dim() else x
+    return x.reshape(-1, 1).double() if x.dim() else float(x)
+
+def _closed_question(student, teacher, target, valid, row_weight, q:Question)->closed_forms.Rows:
+    "The question as rows; what weights and reduction put before their gradients is in the factors."
+    T, soft, hard = _one_a_row(q.T), _one_a_row(q.kl_weight), _one_a_row(q.ce_weight)
+    share = 1. if row_weight is None else _one_a_row(row_weight)
+    if q.reduction == "mean": share = share / _one_a_row(_denominator(valid, student.select(-1, 0), q))
+    if not q.use_ce: target = None
+    elif valid is not None: target = target.masked_fill(~valid, 0)
+    flat = lambda x, last: None if x is None else x.reshape(-1, last)
+    C = student.shape[-1]
+    return closed_forms.Rows(flat(student, C), flat(teacher, C), flat(target, 1), flat(valid, 1), T,
+                             (soft * T if q.t_squared else soft / T) * share, hard * share)
+
+# %% ../nbs/api/02_ops.ipynb #a800e407
+def _closed_rows(student, teacher, target, mask, row_weight, q:Question, need_grad:bool)->tuple:
+    "Terms by row and which rows count, as from `torch_rows`, and the student's gradient; float16's is float32."
+    valid, out, grad = _valid(target, mask, q.ignore_index), _loss_dtype(student, teacher), None
+    rows = _closed_question(student, teacher, target, valid, row_weight, q)
+    if need_grad:
+        narrow = torch.float32 if student.dtype is torch.float16 else student.dtype
+        grad = _empty_grad(student.shape, narrow, student.device)
+    flat = None if grad is None else grad.view(rows.student.shape)
+    soft, hard = closed_forms.rows_and_gradient(rows, q.kind, q.mix, out, flat)
+    terms, shape = {}, student.shape[:-1]
+    if soft is not None: terms[q.kind] = soft.view(shape) * q.T**2 if q.t_squared else soft.view(shape)
+    if hard is not None: terms["cross_entropy"] = hard.view(shape)
+    return terms, valid, grad
+
+# %% ../nbs/api/02_ops.ipynb #6d9ea94e
+class _ClosedForm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, target, mask, row_weight, q):
+        terms, valid, ctx.grad = _closed_rows(student, teacher, target, mask, row_weight, q, True)
+        ctx.q, ctx.like = q, student.detach()
+        ctx.save_for_backward(student, teacher, target, mask, row_weight)
+        return _weighted(terms, valid, row_weight, q).to(_loss_dtype(student, teacher))
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad, ctx.grad = ctx.grad, None # handed out once: a gradient that we still held would be cloned
+        if torch.is_grad_enabled():
+            student, *rest = ctx.saved_tensors
+            loss = torch_loss(student, *rest, ctx.q)
+            return torch.autograd.grad(loss, student, grad_out, create_graph=True)[0], *[None] * 5
+        if grad is None: grad = _closed_rows(*ctx.saved_tensors, ctx.q, True)[2]
+        if grad_out.dim(): grad.mul_(grad_out.unsqueeze(-1))
+        elif grad_out.device.type != "cpu" or grad_out.item() != 1: grad.mul_(grad_out)
+        return _as(grad, ctx.like), *[None] * 5
+
+# %% ../nbs/api/02_ops.ipynb #1fc60511
+def _torch_answer(student, teacher, target, mask, row_weight, q:Question)->Tensor:
+    "Plain torch: the closed form where it is enough."
+    if not _has_closed_form(student, teacher, row_weight, q):
+        return torch_loss(student, teacher, target, mask, row_weight, q)
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _ClosedForm.apply(student, teacher, target, mask, row_weight, q)
+    terms, valid, _ = _closed_rows(student, teacher, target, mask, row_weight, q, False)
+    return _weighted(terms, valid, row_weight, q).to(_loss_dtype(student, teacher))
+
+# %% ../nbs/api/02_ops.ipynb #7b4cbdce
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _KINDS = {k: i for i, k in enumerate(("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
                                       "soft_cross_entropy"))}
@@ -186,7 +267,7 @@ class _Call:
 
     def empty_grad(self)->Tensor: return _empty_grad(self.student.shape, self.dtype, self.student.device)
 
-# %% ../nbs/api/02_ops.ipynb #23dfae4d
+# %% ../nbs/api/02_ops.ipynb #9abe7871
 _LARGE = 4 << 20 # bytes from which a gradient's memory is recycled
 
 def _empty_grad(shape:torch.Size, dtype:torch.dtype, device:torch.device)->Tensor:
@@ -196,7 +277,8 @@ def _empty_grad(shape:torch.Size, dtype:torch.dtype, device:torch.device)->Tenso
     return torch.from_dlpack(_C.empty(shape, _CODES[dtype]))
 
 def empty_cache()->None:
-    "Free the memory of large gradients that is kept to be used again. Tensors that are alive keep theirs."
+    "Free the memory that is kept to be used again: of large gradients, and plain torch's. Tensors that are alive keep theirs."
+    closed_forms.empty_cache()
     if _C is not None: _C.empty_cache()
 
 # %% ../nbs/api/02_ops.ipynb #8453a053
@@ -389,13 +471,13 @@ def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp", "cuda" o
     if backend != "auto": raise ValueError(f"backend={backend!r} cannot run here: {why}; use backend='auto' or 'torch'")
     return "torch"
 
-# %% ../nbs/api/02_ops.ipynb #26810510
+# %% ../nbs/api/02_ops.ipynb #3cb1f4ba
 def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="auto")->Tensor:
     "The reduced loss (or the rows, for reduction 'none') from the backend that suits."
     need_grad = torch.is_grad_enabled() and student.requires_grad
     if choose(backend, student, teacher, row_weight, q) == "torch":
         if q.use_ce: refuse_bad_labels(student, target, mask, q.ignore_index)
-        return torch_loss(student, teacher, target, mask, row_weight, q)
+        return _torch_answer(student, teacher, target, mask, row_weight, q)
     if _as_operator():
         normalizer = None if q.normalizer is None else _number(q.normalizer)
         need = need_grad and student.dtype != torch.float16
@@ -435,13 +517,14 @@ def ordinary(student, teacher, target, T, t_squared:bool, kl_weight, ce_weight, 
     q = T, t_squared, kl_weight, ce_weight, ignore_index, "mean", None, ce_weight != 0, True, kind, mix
     return _apply_ordinary(student, (done, teacher, target, q))
 
-# %% ../nbs/api/02_ops.ipynb #9240d971
+# %% ../nbs/api/02_ops.ipynb #99b54eb1
 def row_terms(student, teacher, target, mask, q:Question, backend:str="auto")->dict[str, Tensor]:
     "The unweighted terms of every row, detached, from the same kernel call that computes the loss."
     student = student.detach()
     with torch.no_grad():
         if choose(backend, student, teacher, None, q) == "torch":
-            terms, _ = torch_rows(student, teacher, target, mask, q)
+            if _has_closed_form(student, teacher, None, q): terms = _closed_rows(student, teacher, target, mask, None, q, False)[0]
+            else: terms, _ = torch_rows(student, teacher, target, mask, q)
             return {k: v.to(_loss_dtype(student, teacher)) for k, v in terms.items()}
     call = _Call(student, teacher, target, mask, None, q)
     rows = {k: call.empty_rows() for k, use in ((q.kind, q.use_kl), ("cross_entropy", q.use_ce)) if use}
