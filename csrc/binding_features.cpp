@@ -36,16 +36,13 @@ void features(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_i
     kdlab_features_cpu(&a);
 }
 
-void angles(intptr_t student, intptr_t student_inverse, intptr_t teacher, intptr_t teacher_inverse, intptr_t out,
-            intptr_t grad, intptr_t grad_inverse, int64_t count, int threads) {
+void angles(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t out, intptr_t grad, int64_t count, int threads) {
     kdlab_angles a;
     a.student = pointer<const double>(student);
-    a.student_inverse = pointer<const double>(student_inverse);
     a.teacher = pointer<const double>(teacher);
-    a.teacher_inverse = pointer<const double>(teacher_inverse);
+    a.mask = pointer<const uint8_t>(mask);
     a.out = pointer<double>(out);
     a.grad = pointer<double>(grad);
-    a.grad_inverse = pointer<double>(grad_inverse);
     a.count = count;
     a.threads = threads;
     py::gil_scoped_release release;

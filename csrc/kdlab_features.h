@@ -33,17 +33,15 @@ typedef struct kdlab_features {
 void kdlab_features_cpu(const kdlab_features* a);
 
 // The angles of all triangles of samples, compared by smooth L1 (relational distillation). With a Gram matrix G and n, one
-// over the distances (0: leave the pair out), the cosine at j between i and k is (G_ik - G_ij - G_jk + G_jj) n_ij n_jk. All
-// matrices are symmetric [count, count], row by row. The gradients are right for symmetric G and n: what belongs to the
-// entries ij and ji together may lie in one of them.
+// over the distances (0 for equal samples and for those left out), the cosine at j between i and k is
+// (G_ik - G_ij - G_jk + G_jj) n_ij n_jk. Matrices are symmetric [count, count], row by row. The gradient is right for
+// symmetric changes: what belongs to the entries ij and ji together may lie in one of them.
 typedef struct kdlab_angles {
     const double* student;          // Gram matrix
-    const double* student_inverse;  // one over the distances
     const double* teacher;
-    const double* teacher_inverse;
+    const uint8_t* mask;            // [count]; 1: the sample counts
     double* out;                    // [1]: sum over all triples
-    double* grad;                   // d out / d student; absent, with grad_inverse, if nobody needs it
-    double* grad_inverse;           // d out / d student_inverse
+    double* grad;                   // [count, count]: d out / d student
     int64_t count;
     int threads;
 } kdlab_angles;

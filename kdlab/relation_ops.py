@@ -117,44 +117,22 @@ def grams(student:Tensor, teacher:Tensor, keep:Tensor|None, loss:str)->tuple[Ten
     if not exact and student.shape == teacher.shape: return gram_pair(student, teacher, keep, wide)
     return tuple(gram(x, keep, exact, centre, wide) for x in (student, teacher))
 
-# %% ../nbs/api/03_relation_ops.ipynb #1ce8a988
-def _angles(G:Tensor, n:Tensor, H:Tensor, m:Tensor, need_grad:bool)->tuple[Tensor, Tensor, Tensor]:
-    "Sum over all triples of the smooth L1 between cosines, and its gradients in G and n; empty if nobody needs them."
-    G, n, H, m = (x.contiguous() for x in (G, n, H, m))
-    out, dG, dn = G.new_empty(()), *(torch.empty_like(G) if need_grad else G.new_empty(0) for _ in range(2))
-    ops._C.angles(*(x.data_ptr() for x in (G, n, H, m, out)), *(x.data_ptr() if need_grad else 0 for x in (dG, dn)), len(G),
-                  ops.threads())
-    return out, dG, dn
+# %% ../nbs/api/03_relation_ops.ipynb #ecac98c3
+def _angles(G:Tensor, H:Tensor, keep:Tensor|None, need_grad:bool)->tuple[Tensor, Tensor]:
+    "Mean over all triples of the smooth L1 between cosines, and its gradient in G; empty if nobody needs it."
+    G, H, keep = G.contiguous(), H.contiguous(), None if keep is None else keep.contiguous()
+    out, grad = G.new_empty(()), torch.empty_like(G) if need_grad else G.new_empty(0)
+    ops._C.angles(*map(ops._address, (G, H, keep, out, grad if need_grad else None)), len(G), ops.threads())
+    count = reference.triples(G, keep)
+    return out.div_(count), grad.div_(count)
 
-def _inverse_distances(G:Tensor, keep:Tensor|None)->Tensor:
-    "The reference's `inverse_distances`, a few rows at a time."
-    n = torch.empty_like(G)
-    for i in range(0, len(G), 32):
-        square, same = reference.squared_distances(G, slice(i, i + 32))
-        n[i:i + 32] = square.rsqrt_().masked_fill_(same, 0)
-    return n if keep is None else n.masked_fill_(~keep.unsqueeze(0), 0).masked_fill_(~keep.unsqueeze(1), 0)
-
-def _angle_slopes(G:Tensor, n:Tensor, dG:Tensor, dn:Tensor)->Tensor:
-    "The gradient in G alone: n is one over the root of G_ii + G_jj - 2 G_ij. Overwrites dn."
-    d = dn.mul_(n).mul_(n).mul_(n).mul_(-0.5)
-    dG.diagonal().add_(d.sum(0) + d.sum(1))
-    return dG.sub_(d, alpha=2)
-
-def _angles_backward(grad_out:Tensor, G:Tensor, n:Tensor, H:Tensor, m:Tensor, dG:Tensor, dn:Tensor)->tuple[Tensor, Tensor]:
-    "The gradients that forward stored, or differentiable ones."
-    if not torch.is_grad_enabled(): return grad_out * dG, grad_out * dn
-    return torch.autograd.grad(reference.angle_sum(G, n, H, m), (G, n), grad_out, create_graph=True)
-
-# %% ../nbs/api/03_relation_ops.ipynb #dc35e1fb
+# %% ../nbs/api/03_relation_ops.ipynb #6d93d6f2
 class _Angles(torch.autograd.Function):
     @staticmethod
     def forward(ctx, G, H, keep):
-        n = _inverse_distances(G, keep)
-        out, *slopes = _angles(G, n, H, _inverse_distances(H, keep), True)
-        ctx.grad, count = _angle_slopes(G, n, *slopes), reference.triples(G, keep)
-        ctx.grad /= count
+        out, ctx.grad = _angles(G, H, keep, True)
         ctx.save_for_backward(G, H, keep)
-        return out / count
+        return out
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -166,32 +144,33 @@ class _Angles(torch.autograd.Function):
             value = reference.stable_rkd_angle(x, H, keep) if again else rkd_angle_kernel(x, H, keep)
         return torch.autograd.grad(value, x, grad_out, create_graph=again)[0], None, None
 
-# %% ../nbs/api/03_relation_ops.ipynb #66cfba93
+# %% ../nbs/api/03_relation_ops.ipynb #0965ad26
 @torch.library.custom_op("kdlab::angles", mutates_args=(), device_types="cpu")
-def angles_op(G:Tensor, n:Tensor, H:Tensor, m:Tensor, need_grad:bool)->tuple[Tensor, Tensor, Tensor]:
-    "The sum and its gradients in G and n as one operator."
-    return _angles(G, n, H, m, need_grad)
+def angles_op(G:Tensor, H:Tensor, keep:Tensor|None, need_grad:bool)->tuple[Tensor, Tensor]:
+    "The mean and its gradient in G as one operator."
+    return _angles(G, H, keep, need_grad)
 
 @angles_op.register_fake
-def _(G, n, H, m, need_grad):
-    return (G.new_empty(()), *(G.new_empty(G.shape if need_grad else 0) for _ in range(2)))
+def _(G, H, keep, need_grad): return G.new_empty(()), G.new_empty(G.shape if need_grad else 0)
 
 def _setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:3], output[1])
 
-def _backward(ctx, grad_out, *_): return *_angles_backward(grad_out, *ctx.saved_tensors), None, None, None
+def _backward(ctx, grad_out, _):
+    G, H, keep, grad = ctx.saved_tensors
+    if not torch.is_grad_enabled(): return grad_out * grad, None, None, None
+    value = reference.stable_rkd_angle(G, H, keep)
+    return torch.autograd.grad(value, G, grad_out, create_graph=True)[0], None, None, None
 
 angles_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../nbs/api/03_relation_ops.ipynb #2deed3b3
+# %% ../nbs/api/03_relation_ops.ipynb #c511a179
 def rkd_angle_kernel(G:Tensor, H:Tensor, keep:Tensor|None)->Tensor:
     "`stable_rkd_angle` with its triples in the compiled core."
     need = torch.is_grad_enabled() and G.requires_grad
-    if need and not ops._as_operator(): return _Angles.apply(G, H, keep)
-    matrices = G, reference.inverse_distances(G, keep), H, reference.inverse_distances(H, keep)
-    value = angles_op(*matrices, need)[0] if ops._as_operator() else _angles(*matrices, False)[0]
-    return value / reference.triples(G, keep)
+    if ops._as_operator(): return angles_op(G, H, keep, need)[0]
+    return _Angles.apply(G, H, keep) if need else _angles(G, H, keep, False)[0]
 
 KERNELS = {"rkd_angle": rkd_angle_kernel}
 

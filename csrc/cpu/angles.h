@@ -1,65 +1,149 @@
 // The angles of relational distillation. Included once per instruction set.
 //
-// For a side i-j, the loop runs over k in lanes. All that it adds up belongs to row i of the gradients, so threads share
-// the rows out and nobody else writes there. A few rows i take turns at each j, while row j is in the cache.
+// At a corner j, the pairs (i, k) and (k, i) are one: the loop takes k from i's tile of eight rows on, in lanes, and whatever
+// it adds up goes to i and to k. Inside the tile it takes all pairs, each for i alone. With u = (G_ik - a_i - G_jk) n_jk and
+// a_i = G_ij - G_jj, the cosine is n_ij u; with g the slope of smooth L1, d loss / d G_ik = g n_ij n_jk.
 namespace KDLAB_ISA {
 
-struct Corner { double value, slope, inverse; };        // sums over k: of the loss, of c, of d loss / d n_ij
+// Of one corner j: rows [count] that the pairs read, and where they leave sums for k (of g n_ij, and of g times the cosine).
+struct Corner {
+    int64_t j;
+    double *n, *ns, *m, *mt;        // one over the distances from j, and Gram entries times that: student's, teacher's
+    double *slope, *inverse;
+    F64 loss = {};
 
-// The triples (i, j, k) of one i and j. With g the slope of smooth L1, c = g n_ij n_jk is d loss / d G_ik.
-template <bool kGrad>
-Corner corner(const kdlab_angles& a, int64_t i, int64_t j) {
-    const int64_t B = a.count, ij = i * B + j, jj = j * B + j;
-    const double *Gi = a.student + i * B, *Gj = a.student + j * B, *nj = a.student_inverse + j * B;
-    const double *Hi = a.teacher + i * B, *Hj = a.teacher + j * B, *mj = a.teacher_inverse + j * B;
-    double* out = kGrad ? a.grad + i * B : nullptr;
-    const F64 rise_s = all<F64>(a.student[jj] - a.student[ij]), rise_t = all<F64>(a.teacher[jj] - a.teacher[ij]);
-    const F64 nij = all<F64>(a.student_inverse[ij]), mij = all<F64>(a.teacher_inverse[ij]);
-    const F64 zero = {}, one = all<F64>(1), half = all<F64>(0.5);
-    F64 value = {}, slope = {}, inverse = {};
-    auto step = [&](F64 gi, F64 gj, F64 n, F64 hi, F64 hj, F64 m) {
-        F64 side = (gi - gj + rise_s) * n, d = side * nij - (hi - hj + rise_t) * m * mij;
-        F64 g = min(max(d, -one), one);
-        value = value + g * (d - half * g);
-        inverse = inverse + g * side;
-        F64 c = g * n * nij;
+    Corner(const AngleJob& a, int64_t corner, double* memory) : j(corner) {
+        double** rows[] = {&n, &ns, &m, &mt, &slope, &inverse};
+        for (double** row : rows) {
+            *row = memory;
+            memory += a.room();
+        }
+        distances(a, a.student, a.student_own, n, ns);
+        distances(a, a.teacher, a.teacher_own, m, mt);
+        for (int64_t k = 0; k < a.room(); ++k) slope[k] = inverse[k] = 0;
+    }
+
+private:
+    // As `squared_distances` of the reference has them: next to nothing counts as nothing, and so does what is left out.
+    void distances(const AngleJob& a, const double* G, const double* own, double* inverse_distance, double* product) const {
+        const double *row = G + j * a.count, mine = own[j];
+        for (int64_t k = 0; k < a.count; ++k) {
+            const double size = own[k] + mine, square = size - 2 * row[k];
+            const bool same = square <= 64 * 2.220446049250313e-16 * size;
+            const double inverse = 1 / std::sqrt(same ? 1 : square);
+            inverse_distance[k] = same ? 0 : inverse;
+        }
+        for (int64_t k = 0; a.mask && k < a.count; ++k)
+            if (!(a.mask[j] && a.mask[k])) inverse_distance[k] = 0;
+        for (int64_t k = 0; k < a.count; ++k) product[k] = row[k] * inverse_distance[k];
+        for (int64_t k = a.count; k < a.room(); ++k) inverse_distance[k] = product[k] = 0;
+    }
+};
+
+// What a corner and row i have in common, and their sums over k: of the loss, of g n_jk, and of g u.
+struct Arm {
+    const double *n_row, *ns_row, *m_row, *mt_row;
+    double *slope_row, *inverse_row;
+    F64 a, n, b, m, own = {}, value = {}, slope = {}, inverse = {};
+
+    Arm(const AngleJob& job, const Corner& c, int64_t i)
+        : n_row(c.n), ns_row(c.ns), m_row(c.m), mt_row(c.mt), slope_row(c.slope), inverse_row(c.inverse),
+          a(all<F64>(job.student[i * job.count + c.j] - job.student_own[c.j])), n(all<F64>(c.n[i])),
+          b(all<F64>(job.teacher[i * job.count + c.j] - job.teacher_own[c.j])), m(all<F64>(c.m[i])) {}
+
+    // Adds to the loss and to this row's sums, outside the tile to k's as well; `sum` with what belongs to G_ik. As many
+    // additions as products: there are units for each.
+    template <bool kGrad, bool kTile>
+    F64 pair(F64 Gik, F64 Hik, int64_t k, F64 sum) {
+        const F64 n_k = load(n_row + k), u = fma(Gik - a, n_k, -load(ns_row + k));
+        const F64 v = fma(Hik - b, load(m_row + k), -load(mt_row + k)), d = fma(n, u, -(m * v)), g = at_most_1(d);
+        (kTile ? own : value) = fma(g, d - g + d, kTile ? own : value);
+        if (!kGrad) return sum;
+        const F64 gn = g * n, c = gn * n_k, along = gn * u;
         slope = slope + c;
-        return c;
+        inverse = inverse + along;
+        if (!kTile) {
+            store(slope_row + k, load(slope_row + k) + c);
+            store(inverse_row + k, load(inverse_row + k) + along);
+        }
+        return sum + c;
+    }
+
+    template <bool kGrad>
+    void finish(Corner& c, int64_t i) const {
+        c.loss = c.loss + fma(all<F64>(0.5), own, value);
+        if (!kGrad) return;
+        c.slope[i] += sum_of(slope);
+        c.inverse[i] += sum_of(inverse);
+    }
+};
+
+// Row i: every entry of the Gram matrices is loaded once for two corners.
+template <bool kGrad, class... Corners>
+inline void pairs_of_row(const AngleJob& a, int64_t i, double* part, Corners&... corners) {
+    const int64_t B = a.count, tile = i - i % AngleJob::tile, next = std::min(B, tile + AngleJob::tile);
+    const double *Gi = a.student + i * B, *Hi = a.teacher + i * B;
+    double* out = kGrad ? part + a.row_of_part(i) : nullptr;
+    auto with_arms = [&](auto... arms) {
+        auto step = [&](auto in_tile, int64_t k, F64 Gik, F64 Hik) {
+            F64 sum = kGrad ? load(out + k) : F64{};
+            ((sum = arms.template pair<kGrad, decltype(in_tile)::value>(Gik, Hik, k, sum)), ...);
+            if (kGrad) store(out + k, sum);
+        };
+        auto along = [&](auto in_tile, int64_t k, int64_t end) {
+            for (; k + lanes<F64> <= end; k += lanes<F64>) step(in_tile, k, load(Gi + k), load(Hi + k));
+            const int left = static_cast<int>(end - k);
+            if (left > 0) step(in_tile, k, load_part(Gi + k, left, F64{}), load_part(Hi + k, left, F64{}));
+        };
+        along(std::true_type(), tile, next);
+        along(std::false_type(), next, B);
+        (arms.template finish<kGrad>(corners, i), ...);
     };
-    const int64_t end = B - B % lanes<F64>;
-    for (int64_t k = 0; k < end; k += lanes<F64>) {
-        F64 c = step(load(Gi + k), load(Gj + k), load(nj + k), load(Hi + k), load(Hj + k), load(mj + k));
-        if (kGrad) store(out + k, load(out + k) + c);
-    }
-    if (end < B) {
-        const int n = static_cast<int>(B - end);
-        auto part = [&](const double* p) { return load_part(p + end, n, zero); };
-        F64 c = step(part(Gi), part(Gj), part(nj), part(Hi), part(Hj), part(mj));
-        if (kGrad) store_part(out + end, n, part(out) + c);
-    }
-    return {sum_of(value), sum_of(slope), sum_of(inverse)};
+    with_arms(Arm(a, corners, i)...);
 }
 
-// Rows [begin, end): their sums go to rows, and to slopes [count, count] the part of the gradient at G_ij and G_jj.
+template <int kCorners, bool kGrad>
+void corners_at(const AngleJob& a, int64_t j, double* part, double* diagonal, double* memory) {
+    const int64_t B = a.count;
+    Corner both[] = {Corner(a, j, memory), Corner(a, j + kCorners - 1, memory + 6 * a.room())};
+    for (int64_t i = 0; i < B; ++i) {
+        if (kCorners == 2) pairs_of_row<kGrad>(a, i, part, both[0], both[1]);
+        else pairs_of_row<kGrad>(a, i, part, both[0]);
+    }
+    for (int x = 0; x < kCorners; ++x) a.rows[j + x] = sum_of(both[x].loss);
+    for (int x = 0; kGrad && x < kCorners; ++x) {
+        const Corner& c = both[x];
+        // From c and from n_ij to the entries that they were made of: G_ij, also as G_jk of the pair seen from k, G_jj, G_ii.
+        for (int64_t i = 0; i < B; ++i) {
+            const double slope = c.slope[i], inverse = c.n[i] * c.n[i] * c.inverse[i];
+            a.grad[c.j * B + i] = 2 * (inverse - slope);
+            diagonal[c.j] += slope - inverse;
+            diagonal[i] -= inverse;
+        }
+    }
+}
+
 template <bool kGrad>
-void angle_rows(const kdlab_angles& a, int64_t begin, int64_t end, double* rows, double* slopes) {
-    const int64_t B = a.count, together = 8;
-    if (kGrad) std::memset(a.grad + begin * B, 0, (end - begin) * B * sizeof(double));
-    for (int64_t first = begin; first < end; first += together)
-        for (int64_t j = 0; j < B; ++j)
-            for (int64_t i = first; i < std::min(first + together, end); ++i) {
-                const Corner x = corner<kGrad>(a, i, j);
-                rows[i] += x.value;
-                if (!kGrad) continue;
-                slopes[i * B + j] = x.slope;
-                a.grad_inverse[i * B + j] = 2 * x.inverse;      // once for ij, once for kj in the place of ij
-            }
+void angle_blocks(const AngleJob& a, int64_t begin, int64_t end, double* memory) {
+    for (int64_t b = begin; b < end; ++b) {
+        double *part = kGrad ? a.parts + b * a.part_size() : nullptr, *diagonal = kGrad ? a.diagonals + b * a.count : nullptr;
+        if (kGrad) {
+            std::memset(part, 0, sizeof(double) * a.part_size());
+            std::memset(diagonal, 0, sizeof(double) * a.count);
+        }
+        int64_t j = a.count * b / a.blocks;
+        const int64_t last = a.count * (b + 1) / a.blocks;
+        for (; j + 2 <= last; j += 2) corners_at<2, kGrad>(a, j, part, diagonal, memory);
+        if (j < last) corners_at<1, kGrad>(a, j, part, diagonal, memory);
+    }
 }
 
-inline void angles(const kdlab_angles& a, int64_t begin, int64_t end, double* rows, double* slopes) {
+// The corners of blocks [begin, end)
+inline void angles(const AngleJob& a, int64_t begin, int64_t end, void* scratch) {
     FlushDenormals flush;
-    if (a.grad) angle_rows<true>(a, begin, end, rows, slopes);
-    else angle_rows<false>(a, begin, end, rows, slopes);
+    double* memory = static_cast<double*>(scratch);
+    if (a.grad) angle_blocks<true>(a, begin, end, memory);
+    else angle_blocks<false>(a, begin, end, memory);
 }
 
 }  // namespace KDLAB_ISA

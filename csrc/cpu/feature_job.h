@@ -30,4 +30,24 @@ struct FeatureJob : kdlab_features {
     size_t scratch_bytes() const { return loss == KDLAB_ATTENTION ? 6 * sizeof(double) * map_room() : 0; }
 };
 
+// Angles: the corners go to a few blocks, whatever the threads. The gradient at the entries of a corner's own row is written
+// where it belongs; what every corner adds to at the entries of pairs (i, k) comes into a part for each block.
+struct AngleJob : kdlab_angles {
+    static constexpr int64_t tile = 8;
+    const double *student_own, *teacher_own;    // diagonals of the Gram matrices
+    int64_t blocks;
+    double* rows;                               // [count]: loss at each corner
+    double* diagonals;                          // [blocks, count]: gradient at the diagonal
+    double* parts;                              // [blocks, part_size]
+
+    // Rows of a part begin at their tile: half a matrix.
+    int64_t room() const { return (count + tile - 1) / tile * tile; }
+    int64_t row_of_part(int64_t i) const {      // where column 0 would be
+        const int64_t t = i / tile;
+        return tile * (t * room() - tile * t * (t - 1) / 2) + (i - t * tile) * (room() - t * tile) - t * tile;
+    }
+    int64_t part_size() const { return row_of_part(room()) + room(); }
+    size_t scratch_bytes() const { return 2 * 6 * sizeof(double) * room(); }
+};
+
 }  // namespace kdlab

@@ -1,5 +1,6 @@
 // Losses on features: shares the samples out to threads and adds them up in their order.
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "feature_job.h"
@@ -42,17 +43,35 @@ void kdlab_features_cpu(const kdlab_features* a) {
 
 void kdlab_angles_cpu(const kdlab_angles* a) {
     const int64_t B = a->count;
-    std::vector<double> rows(B), slopes(a->grad ? B * B : 0);
-    share_rows(B, B * B, a->threads, [&](int64_t begin, int64_t end) {
-        kernels_in_use().angles(*a, begin, end, rows.data(), slopes.data());
+    AngleJob job;
+    static_cast<kdlab_angles&>(job) = *a;
+    job.blocks = std::min<int64_t>(B, B <= 256 ? 4 : 8);
+    std::vector<double> rows(3 * B), diagonals(a->grad ? job.blocks * B : 0);
+    std::unique_ptr<double[]> parts(a->grad ? new double[job.blocks * job.part_size()] : nullptr);
+    double *student_own = &rows[0] + B, *teacher_own = student_own + B;
+    for (int64_t i = 0; i < B; ++i) {
+        student_own[i] = a->student[i * B + i];
+        teacher_own[i] = a->teacher[i * B + i];
+    }
+    job.student_own = student_own;
+    job.teacher_own = teacher_own;
+    job.rows = rows.data();
+    job.diagonals = diagonals.data();
+    job.parts = parts.get();
+    share_rows(job.blocks, B * B, a->threads, [&](int64_t begin, int64_t end) {
+        kernels_in_use().angles(job, begin, end, scratch_of(job.scratch_bytes()));
     });
     double sum = 0;
-    for (double row : rows) sum += row;
+    for (int64_t i = 0; i < B; ++i) sum += rows[i];
     *a->out = sum;
-    if (!a->grad) return;
-    for (int64_t i = 0; i < B; ++i)
-        for (int64_t j = 0; j < B; ++j) {
-            a->grad[i * B + j] -= 2 * slopes[i * B + j];        // G_ij and, as G_jk of the triple seen from k, again
-            a->grad[j * B + j] += slopes[i * B + j];
+    for (int64_t i = 0; a->grad && i < B; ++i) {
+        const int64_t tile = i - i % AngleJob::tile, next = std::min(B, tile + AngleJob::tile);
+        double* row = a->grad + i * B;
+        for (int64_t b = 0; b < job.blocks; ++b) {
+            const double* part = parts.get() + b * job.part_size() + job.row_of_part(i);
+            row[i] += diagonals[b * B + i];
+            for (int64_t k = tile; k < next; ++k) row[k] += part[k];
+            for (int64_t k = next; k < B; ++k) row[k] += 2 * part[k];       // for ki as well
         }
+    }
 }

@@ -64,6 +64,7 @@ struct Job : kdlab_soft_kl {
 };
 
 struct FeatureJob;          // in feature_job.h
+struct AngleJob;            // there too
 struct DistJob;             // in dist_job.h
 struct SparseJob;           // in sparse_job.h
 
@@ -73,7 +74,7 @@ struct Kernels {
     void (*soft_kl)(const Job&, int64_t begin, int64_t end, void* scratch);
     void (*scale)(const kdlab_scale&, int64_t begin, int64_t end);
     void (*features)(const FeatureJob&, int64_t begin, int64_t end, void* scratch);
-    void (*angles)(const kdlab_angles&, int64_t begin, int64_t end, double* rows, double* slopes);
+    void (*angles)(const AngleJob&, int64_t begin, int64_t end, void* scratch);
     void (*dist)(const DistJob&, int64_t begin, int64_t end, double* column, void* scratch);
     void (*sparse)(const SparseJob&, int64_t begin, int64_t end, void* scratch);
 };

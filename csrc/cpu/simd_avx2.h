@@ -19,6 +19,7 @@ inline F64 min(F64 a, F64 b) { return _mm256_min_pd(a, b); }
 inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline F64 abs(F64 a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
 
+inline F64 at_most_1(F64 a) { return min(max(a, _mm256_set1_pd(-1)), _mm256_set1_pd(1)); }
 inline F64 low_half(F32 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 inline F64 high_half(F32 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
 inline double sum_of(F64 x) {

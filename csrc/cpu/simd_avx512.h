@@ -18,6 +18,7 @@ inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F64 min(F64 a, F64 b) { return _mm512_min_pd(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 inline F64 abs(F64 a) { return _mm512_abs_pd(a); }
+inline F64 at_most_1(F64 a) { return _mm512_range_pd(a, _mm512_set1_pd(1), 0b0010); }
 inline F64 low_half(F32 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 inline F64 high_half(F32 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
 inline double sum_of(F64 x) { return _mm512_reduce_add_pd(x); }

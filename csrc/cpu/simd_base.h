@@ -34,6 +34,7 @@ inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 inline F64 min(F64 a, F64 b) { return a < b ? a : b; }
 inline F32 abs(F32 a) { return max(a, -a); }
 inline F64 abs(F64 a) { return max(a, -a); }
+inline F64 at_most_1(F64 a) { return min(max(a, splat(a, -1)), splat(a, 1)); }     // its absolute value, that is
 
 // The largest lane; anything if one is NaN.
 inline float max_of(F32 v) {

@@ -1,4 +1,4 @@
-// Random shapes and values through the kernels of features and of DIST, against the equations in plain double.
+// Random shapes and values through the kernels of features, of angles and of DIST, against the equations in plain double.
 //
 //     fuzz_features [seconds] [seed]
 //
@@ -145,6 +145,86 @@ void one_of_features(Random& r, const char* isa) {
         fail(isa, "sum", a.dtype, a.loss, 0, out.get(0), total / denominator);
 }
 
+// One over the distance from b to a, and the direction; none where they are the same.
+struct Side {
+    double inverse = 0;
+    Numbers unit;
+    Side(const Numbers& a, const Numbers& b) : unit(a.size()) {
+        for (size_t i = 0; i < a.size(); ++i) unit[i] = a[i] - b[i];
+        const double square = dot(unit, unit);
+        if (square > 0) inverse = 1 / std::sqrt(square);
+        for (double& x : unit) x *= inverse;
+    }
+};
+
+void one_of_angles(Random& r, const char* isa) {
+    const int64_t B = 1 + pick(r, 27), n = 2 + pick(r, 5);
+    std::normal_distribution<> normal;
+    std::vector<Numbers> s(B, Numbers(n)), t(B, Numbers(n));
+    std::unique_ptr<uint8_t[]> mask(new uint8_t[B]);
+    const bool masked = chance(r, .5);
+    for (int64_t i = 0; i < B; ++i) {
+        mask[i] = !chance(r, .2);
+        for (double& x : s[i]) x = normal(r);
+        for (double& x : t[i]) x = normal(r);
+        if (i && chance(r, .1)) s[i] = s[i - 1];
+        if (i && chance(r, .1)) t[i] = t[i - 1];
+    }
+    Array G(KDLAB_F64, B * B), H(KDLAB_F64, B * B), out(KDLAB_F64, 1), grad(KDLAB_F64, B * B);
+    for (int64_t i = 0; i < B; ++i)
+        for (int64_t j = 0; j < B; ++j) {
+            G.set(i * B + j, dot(s[i], s[j]));
+            H.set(i * B + j, dot(t[i], t[j]));
+        }
+    kdlab_angles a = {};
+    a.student = static_cast<const double*>(G.data());
+    a.teacher = static_cast<const double*>(H.data());
+    a.mask = masked ? mask.get() : nullptr;
+    a.count = B;
+    for (int threads : {1, 2, 4}) {
+        Array value(KDLAB_F64, 1), slopes(KDLAB_F64, B * B);
+        a.threads = threads;
+        a.out = static_cast<double*>(value.data());
+        a.grad = static_cast<double*>(slopes.data());
+        kdlab_angles_cpu(&a);
+        if (threads > 1 && !(value.equals(out) && slopes.equals(grad))) fail(isa, "threads of angles", KDLAB_F64, threads, B, 0, 0);
+        out.bytes.swap(value.bytes);
+        grad.bytes.swap(slopes.bytes);
+    }
+    a.grad = nullptr;
+    Array alone(KDLAB_F64, 1);
+    a.out = static_cast<double*>(alone.data());
+    kdlab_angles_cpu(&a);
+
+    double want = 0, top = 1e-3;
+    std::vector<Numbers> slope(B, Numbers(n));
+    for (int64_t j = 0; j < B; ++j)
+        for (int64_t i = 0; i < B; ++i)
+            for (int64_t k = 0; k < B; ++k) {
+                if (masked && !(mask[i] && mask[j] && mask[k])) continue;
+                const Side x(s[i], s[j]), y(s[k], s[j]), u(t[i], t[j]), v(t[k], t[j]);
+                const double cosine = dot(x.unit, y.unit), d = cosine - dot(u.unit, v.unit);
+                const double g = std::max(-1.0, std::min(1.0, d));
+                want += g * (d - g / 2);
+                for (int64_t m = 0; m < n; ++m) {
+                    const double di = g * (y.unit[m] - cosine * x.unit[m]) * x.inverse, dk = g * (x.unit[m] - cosine * y.unit[m]) * y.inverse;
+                    slope[i][m] += di;
+                    slope[k][m] += dk;
+                    slope[j][m] -= di + dk;
+                }
+            }
+    for (double got : {out.get(0), alone.get(0)})
+        if (!(std::fabs(got - want) <= 1e-10 * (1 + want))) fail(isa, "angles", KDLAB_F64, B, n, got, want);
+    for (const Numbers& row : slope)
+        for (double x : row) top = std::max(top, std::fabs(x));
+    for (int64_t i = 0; i < B; ++i)
+        for (int64_t m = 0; m < n; ++m) {
+            double got = 0;
+            for (int64_t k = 0; k < B; ++k) got += (grad.get(i * B + k) + grad.get(k * B + i)) * s[k][m];
+            if (!(std::fabs(got - slope[i][m]) <= 1e-8 * top)) fail(isa, "slope of angles", KDLAB_F64, i, m, got, slope[i][m]);
+        }
+}
+
 // 1 - Pearson of rows of both, and its gradient in a; a constant has no correlation and no slope.
 Result apart(Numbers a, Numbers b) {
     double mean_a = 0, mean_b = 0;
@@ -244,7 +324,8 @@ void one_of_dist(Random& r, const char* isa) {
 
 int main(int argc, char** argv) {
     return fuzz(argc, argv, [](Random& r, const char* isa) {
-        if (chance(r, .7)) one_of_features(r, isa);
+        if (chance(r, .5)) one_of_features(r, isa);
+        else if (chance(r, .3)) one_of_angles(r, isa);
         else one_of_dist(r, isa);
     });
 }
