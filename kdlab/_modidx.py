@@ -1796,6 +1796,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'kdlab/losses/trained.py'),
                                       'kdlab.losses.trained.SemCKD._apart': ( 'api/losses/trained.html#semckd._apart',
                                                                               'kdlab/losses/trained.py'),
+                                      'kdlab.losses.trained.SemCKD._values': ( 'api/losses/trained.html#semckd._values',
+                                                                               'kdlab/losses/trained.py'),
                                       'kdlab.losses.trained.SemCKD.equation': ( 'api/losses/trained.html#semckd.equation',
                                                                                 'kdlab/losses/trained.py'),
                                       'kdlab.losses.trained.SemCKD.extra_repr': ( 'api/losses/trained.html#semckd.extra_repr',

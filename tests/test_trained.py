@@ -198,7 +198,10 @@ def test_semckd_weighs_layers_by_attention():
     torch.testing.assert_close(loss(s, t), want)
     smaller = [each(x, lambda x: x[:4]) for x in (s, t)]
     assert loss(*smaller).isfinite() and loss.samples == 6
-    with pytest.raises(ValueError, match="takes 6 samples at most, got 7"): loss(*(each(x, lambda x: torch.cat([x, x[:1]])) for x in (s, t)))
+    more = [each(x, lambda x: torch.cat([x, x[:1]])) for x in (s, t)]
+    with pytest.raises(ValueError, match="takes 6 samples at most, got 7"): loss(*more)
+    last = loss.eval()(*(each(x, lambda x: x[:1]) for x in (s, t)))
+    torch.testing.assert_close(loss(*more), (6 * loss(s, t) + last) / 7)  # of a valid set: in parts
 
 
 def test_mgd_erases_anew_and_the_generator_restores():
