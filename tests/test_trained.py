@@ -2,22 +2,21 @@
 import copy
 import functools
 import inspect
-import json
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import golden
 import kdlab as kd
 from kdlab import trained_reference as reference
 from kdlab.functional import hierarchical_context
 from kdlab.losses import trained
 
-GOLD = json.loads((Path(__file__).parent / "goldens" / "zoo.json").read_text(encoding="utf-8"))
+GOLD = golden.load("zoo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 2e-2}
 INF, NAN = math.inf, math.nan
