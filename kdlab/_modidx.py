@@ -1578,6 +1578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'kdlab/losses/objective.py'),
                                         'kdlab.losses.objective._Weighted.weights': ( 'api/losses/objective.html#_weighted.weights',
                                                                                       'kdlab/losses/objective.py'),
+                                        'kdlab.losses.objective._adds': ('api/losses/objective.html#_adds', 'kdlab/losses/objective.py'),
                                         'kdlab.losses.objective._answer': ( 'api/losses/objective.html#_answer',
                                                                             'kdlab/losses/objective.py'),
                                         'kdlab.losses.objective._bindings': ( 'api/losses/objective.html#_bindings',

@@ -684,6 +684,12 @@ def test_row_weights_at_their_ends():
     assert f.entropy_weight(S, Z, Y)[2] == 0 == f.confidence_weight(Z, Y)[2]
 
 
+def test_a_weight_stands_before_the_whole_of_a_sum():
+    assert (2 * kd.CRD()).equation() == "2·(log(1 + e^(c - a)) + Σ log(1 + e^(a_k - c)), a = g(s)·g(t)/0.07, both ways)"
+    assert (0.5 * kd.NKD() + kd.Hint()).equation().startswith("0.5·(-p_y log q_y - 1.5·4²·Σ p̂ log q̂ over")
+    assert (2 * kd.SoftKL(T=2) - 3 * kd.JSD()).equation().startswith("2·2²·KL(softmax(teacher/2) ‖ softmax(student/2)) - 3·(0.5·KL(")
+
+
 # labels as a teacher
 
 def test_label_smoothing_is_a_teacher():
