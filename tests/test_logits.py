@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import golden
+import goldfiles
 import kdlab as kd
 from kdlab import logit_reference, ops
 from kdlab.losses.objective import _groups
 
 f = kd.functional
-GOLD = golden.load("logits")
+GOLD = goldfiles.load("logits")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 INF, NAN = math.inf, math.nan
@@ -48,8 +48,8 @@ def value_and_grad(loss, student):
 # goldens
 
 def test_the_goldens_are_what_their_script_writes_and_it_knows_no_kdlab():
-    assert golden.imports("logits") <= {"json", "math", "pathlib", "numpy", "writing"}
-    assert golden.is_what_its_script_writes("logits", rel=1e-12)
+    assert goldfiles.imports("logits") <= {"json", "math", "pathlib", "numpy", "writing"}
+    assert goldfiles.is_what_its_script_writes("logits", rel=1e-12)
 
 
 def case(name, module, target=Y, mask=MASK, **options):
@@ -472,7 +472,7 @@ def test_ranks_are_those_of_scipy():
 @pytest.mark.parametrize("n", [1, 2, 3, 40])
 @pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
 def test_soft_ranks_in_pieces_against_pooling_by_hand(monkeypatch, n, strength):
-    script = golden.script("logits")
+    script = goldfiles.script("logits")
     x = logits(4, n, seed=n)
     x[2] = x[2].round()  # with ties
     script.C = n

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import golden
+import goldfiles
 import kdlab as kd
 from kdlab import trained_reference as reference
 from kdlab.functional import hierarchical_context
 from kdlab.losses import trained
 
-GOLD = golden.load("zoo")
+GOLD = goldfiles.load("zoo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 2e-2}
 INF, NAN = math.inf, math.nan

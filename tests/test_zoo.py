@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import golden
+import goldfiles
 import kdlab as kd
 from kdlab import map_reference as maps
 from kdlab import token_reference as tokens
 
 f = kd.functional
-GOLD = golden.load("zoo")
+GOLD = goldfiles.load("zoo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 5e-6, torch.float64: 1e-10, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 INF, NAN = math.inf, math.nan
@@ -97,8 +97,8 @@ def pair(name, dtype=torch.float64, B=5):
 # goldens
 
 def test_the_goldens_are_what_their_script_writes_and_it_knows_no_kdlab():
-    assert golden.imports("zoo") <= {"json", "math", "pathlib", "numpy", "writing"}
-    assert golden.is_what_its_script_writes("zoo", rel=1e-11)
+    assert goldfiles.imports("zoo") <= {"json", "math", "pathlib", "numpy", "writing"}
+    assert goldfiles.is_what_its_script_writes("zoo", rel=1e-11)
 
 
 def given(name, dtype=torch.float64):
