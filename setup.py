@@ -147,6 +147,7 @@ setup(
     extras_require={
         "lab": lines("lab_requirements"),
         "log": lines("log_requirements"),
+        "models": lines("models_requirements"),
         "dev": lines("lab_requirements") + lines("dev_requirements"),
     },
     entry_points={

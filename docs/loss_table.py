@@ -27,7 +27,7 @@ def classes():
     for info in pkgutil.iter_modules(losses.__path__):
         module = importlib.import_module(f"kdlab.losses.{info.name}")
         own = [getattr(module, n) for n in module.__all__ if not n.startswith("_")]
-        found = [c for c in own if inspect.isclass(c) and issubclass(c, nn.Module) and c.__module__ == module.__name__
+        found = [c for c in own if inspect.isclass(c) and issubclass(c, losses.Loss) and c.__module__ == module.__name__
                  and c.__name__ not in BASES]
         yield from found
 
@@ -189,6 +189,19 @@ def equation(cls):
     except Exception: return ""
 
 
+WAYS = {"schemes": "teacher_assistants born_again stage_wise mutual early_exits Teachers", "transfer": "Mixup Curriculum"}
+
+
+def ways():
+    "Paper, name and difference of everything that is no loss: the schemes, and what a student is shown."
+    named = [("kd.distill", kd.distill), ("kd.paraphraser", kd.paraphraser)]
+    named += [(f"kd.{room}.{name}", getattr(getattr(kd, room), name)) for room, names in WAYS.items() for name in names.split()]
+    for name, what in named:
+        doc = re.sub(r"\s+", " ", inspect.getdoc(what))
+        links = "; ".join(f"{who} {link(n)}".strip() for n, who in papers(doc).items())
+        yield [links, f"`{name}`", escape(sentences(doc)[0]), escape(difference(doc)) or "-"]
+
+
 def escape(text): return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -226,6 +239,10 @@ loss. `none`: a value for each row, sample or token can be had (`reduction="none
 ## Paper, class, equation, difference
 
 {table(["paper", "class", "as it is written here", "paper, authors' code, here"], index)}
+
+## Ways to distil: paper, function, difference
+
+{table(["paper", "function", "what it does", "paper, here"], sorted(ways()))}
 """
 
 

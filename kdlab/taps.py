@@ -343,7 +343,7 @@ def layers(
         rows += [Layer(spelled, type(module).__name__, shape, parameters) for spelled, shape in outputs]
     return rows
 
-# %% ../nbs/api/03_taps.ipynb #35d8ec08
+# %% ../nbs/api/03_taps.ipynb #788c4f10
 class _Stage(NamedTuple):
     name: str
     shape: tuple[int, ...] # without the batch
@@ -361,7 +361,9 @@ def _stages(model, x, forward)->dict[int, list[_Stage]]: # by number of dimensio
         if out.x is logits or not out.x.is_floating_point() or not 1 <= len(shape) <= 3 or shape[1:] == (1, 1): continue
         steps.append(_Stage(out.name, shape, leaves / total))
         same = own.get(id(out.x)) # a container returns what its last layer returned: the shorter name stands for both
-        if same is None or out.name.count(".") <= same.name.count("."): own[id(out.x)] = steps[-1]
+        if same is not None and out.name.count(".") > same.name.count("."): continue
+        own.pop(id(out.x), None) # a block that adds in place returns the tensor of an early layer: it stands where the block ends
+        own[id(out.x)] = steps[-1]
     maps, tokens, vectors = ([s for s in own.values() if len(s.shape) == n] for n in (3, 2, 1))
     found = {4: _last(maps, lambda s: s.shape[1:]), 2: _last(vectors, lambda s: s.shape),
              3: _blocks(steps) or _last(tokens, lambda s: s.shape)}

@@ -39,9 +39,13 @@ class Drawn(Samples):
         "Draw what this epoch shows."
         self.draw(np.random.RandomState([self.seed, epoch]), epoch)
 
-# %% ../nbs/api/05_transfer.ipynb #8763a150
+# %% ../nbs/api/05_transfer.ipynb #e7401577
 class Mixup(Drawn):
-    "Each sample mixed with a random other one, anew in each epoch. Ids are those of the first of the two."
+    """Each sample mixed with a random other one, anew in each epoch. Ids are those of the first of the two.
+
+    Beyer et al. 2022 (arXiv:2106.05237) let teacher and student see the same mixture, without labels; with `classes=` labels
+    are mixed too (Zhang et al. 2018, arXiv:1710.09412). The authors' code of the latter draws one share a batch, we draw one a
+    sample."""
     def __init__(self,
         samples:Samples, # what is mixed
         alpha:float=1., # the share is Beta(alpha, alpha); 1 is uniform
@@ -95,9 +99,12 @@ def difficulty(
     if y is None: return torch.special.entr(logits.float().softmax(-1)).sum(-1)
     return F.cross_entropy(logits.float(), y, reduction="none")
 
-# %% ../nbs/api/05_transfer.ipynb #cd8ba593
+# %% ../nbs/api/05_transfer.ipynb #cee6574b
 class Curriculum(Drawn):
-    "Samples of which each epoch shows an easiest share, in passes of random order: the share grows by `pacing`."
+    """Samples of which each epoch shows an easiest share, in passes of random order: the share grows by `pacing`.
+
+    Hacohen & Weinshall 2019 (arXiv:1904.03626). The paper's share grows in steps that are counted in batches, we let it grow in
+    a line from a fifth to all at 80% of the run, from one epoch to the next."""
     def __init__(self,
         samples:Samples, # what there is to learn
         difficulty:Tensor, # (N,), larger is harder

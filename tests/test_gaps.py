@@ -365,11 +365,8 @@ def test_named_tuples_and_lists():
     assert g.summary()["accuracy"]["teacher"][0] == pytest.approx(2 / 3)
 
 
-HUGGING_FACE = "transformers is not installed: an optional extra, too large for the test machine"
-
-
 def test_a_model_of_transformers():
-    transformers = pytest.importorskip("transformers", reason=HUGGING_FACE)
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kdlab[models]'")
     torch.manual_seed(0)
     make = lambda width, depth: transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=30, hidden_size=width, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=2 * width, num_labels=3,
@@ -381,7 +378,7 @@ def test_a_model_of_transformers():
 
 
 def test_a_model_of_timm():
-    timm = pytest.importorskip("timm", reason="timm is not installed: an optional extra, and it wants torchvision")
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'kdlab[models]'")
     torch.manual_seed(0)
     student, teacher = (timm.create_model(name, num_classes=3, in_chans=1, pretrained=False) for name in ("resnet10t", "resnet18"))
     loader = DataLoader(TensorDataset(torch.randn(8, 1, 64, 64), torch.arange(8) % 3), 8)

@@ -1,13 +1,9 @@
 """The losses on logits: values and gradients against a second writing in numpy, invariances, the contract, the wrappers."""
 import copy
 import functools
-import importlib.util
 import inspect
-import json
 import math
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -15,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import goldfiles
 import kdlab as kd
 from kdlab import logit_reference, ops
 from kdlab.losses.objective import _groups
 
 f = kd.functional
-HERE = Path(__file__).parent / "goldens"
-GOLD = json.loads((HERE / "logits.json").read_text(encoding="utf-8"))
+GOLD = goldfiles.load("logits")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 INF, NAN = math.inf, math.nan
@@ -51,22 +47,9 @@ def value_and_grad(loss, student):
 
 # goldens
 
-def golden_script():
-    spec = importlib.util.spec_from_file_location("golden_logits", HERE / "logits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_goldens_are_what_their_script_writes_and_it_knows_no_kdlab():
-    source = (HERE / "logits.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"^(?:from|import) (\w+)", source, re.M)) == {"json", "pathlib", "numpy"}
-    fresh = json.loads(golden_script().text())
-    def same(a, b):
-        if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-        if isinstance(a, list): return len(a) == len(b) and all(map(same, a, b))
-        return a == b or a == pytest.approx(b, rel=1e-12, abs=1e-14)  # another libm may round otherwise
-    assert same(fresh, GOLD)
+    assert goldfiles.imports("logits") <= {"json", "math", "pathlib", "numpy", "writing"}
+    assert goldfiles.is_what_its_script_writes("logits", rel=1e-12)
 
 
 def case(name, module, target=Y, mask=MASK, **options):
@@ -489,7 +472,7 @@ def test_ranks_are_those_of_scipy():
 @pytest.mark.parametrize("n", [1, 2, 3, 40])
 @pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
 def test_soft_ranks_in_pieces_against_pooling_by_hand(monkeypatch, n, strength):
-    script = golden_script()
+    script = goldfiles.script("logits")
     x = logits(4, n, seed=n)
     x[2] = x[2].round()  # with ties
     script.C = n
@@ -699,6 +682,12 @@ def test_row_weights_at_their_ends():
     for w in (f.confidence_weight(S.requires_grad_()), f.entropy_weight(S, Z)): assert not w.requires_grad
     S.requires_grad_(False)
     assert f.entropy_weight(S, Z, Y)[2] == 0 == f.confidence_weight(Z, Y)[2]
+
+
+def test_a_weight_stands_before_the_whole_of_a_sum():
+    assert (2 * kd.CRD()).equation() == "2·(log(1 + e^(c - a)) + Σ log(1 + e^(a_k - c)), a = g(s)·g(t)/0.07, both ways)"
+    assert (0.5 * kd.NKD() + kd.Hint()).equation().startswith("0.5·(-p_y log q_y - 1.5·4²·Σ p̂ log q̂ over")
+    assert (2 * kd.SoftKL(T=2) - 3 * kd.JSD()).equation().startswith("2·2²·KL(softmax(teacher/2) ‖ softmax(student/2)) - 3·(0.5·KL(")
 
 
 # labels as a teacher

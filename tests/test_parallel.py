@@ -7,24 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import kdlab as kd
 from kdlab.checkpoints import fingerprint
 from kdlab.parallel import Team, _cut, part, share
+from small import exact_data
+from small import exact_net as net
 
 
-def net(seed=0, width=8):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3)).double()
-
-
-def data(n=50, missing=0.5):
-    gen = torch.Generator().manual_seed(1)
-    x, y = torch.randn(n, 6, generator=gen, dtype=torch.float64), torch.randint(3, (n,), generator=gen)
-    return TensorDataset(x, torch.where(torch.rand(n, generator=gen) < missing, -100, y))
+def data(n=50, missing=0.5): return exact_data(n, missing)
 
 
 class Stream(IterableDataset):

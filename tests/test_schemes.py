@@ -4,33 +4,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import kdlab as kd
 from kdlab import schemes
 from kdlab.distilling import fingerprint
-
-
-def data(n=64, seed=0, labels=True):
-    gen = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 6, generator=gen)
-    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    return TensorDataset(x, y) if labels else TensorDataset(x)
-
-
-def loader(**kwargs): return DataLoader(data(**kwargs), 16, shuffle=True)
-
-
-def net(seed=0, width=8):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.ReLU(), nn.Linear(width, 3))
+from small import data, loader, net, taught
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    model = net(9, 32)
-    kd.distill(model, None, loader(n=256, seed=1), epochs=8, lr=0.02, progress=False)
-    return model
+def teacher(): return taught()
 
 
 OPTIONS = dict(epochs=2, progress=False)

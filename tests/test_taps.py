@@ -446,6 +446,25 @@ def test_maps_are_paired_by_size():
     assert pairs.student == ["stage1.1", "stage2.1", "stage2", "flat"] and "why" in repr(pairs)
 
 
+class InPlace(nn.Module):
+    "A residual block as timm writes it: the shortcut runs last, and is added into what the main path returned."
+    def __init__(self, before, after):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, 1))
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        y += self.downsample(x)
+        return self.act(y)
+
+
+def test_a_block_that_adds_in_place_ends_its_stage():
+    net = lambda width, blocks: nn.Sequential(*(InPlace(1 if i == 0 else width, width) for i in range(blocks)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+    pairs = kd.pair(net(4, 2), net(8, 2), torch.randn(2, 1, 16, 16))
+    assert pairs.student[:2] == pairs.teacher[:2] == ["0", "1"]
+
+
 def test_order_is_kept_where_sizes_do_not_agree():
     shrunk = nn.Sequential(nn.AvgPool2d(3, stride=2), cnn(4, 8))
     x, teacher = torch.randn(2, 3, 32, 32), cnn(4, 8, 16)

@@ -2,22 +2,21 @@
 import copy
 import functools
 import inspect
-import json
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import goldfiles
 import kdlab as kd
 from kdlab import trained_reference as reference
 from kdlab.functional import hierarchical_context
 from kdlab.losses import trained
 
-GOLD = json.loads((Path(__file__).parent / "goldens" / "zoo.json").read_text(encoding="utf-8"))
+GOLD = goldfiles.load("zoo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 2e-2}
 INF, NAN = math.inf, math.nan
@@ -198,7 +197,10 @@ def test_semckd_weighs_layers_by_attention():
     torch.testing.assert_close(loss(s, t), want)
     smaller = [each(x, lambda x: x[:4]) for x in (s, t)]
     assert loss(*smaller).isfinite() and loss.samples == 6
-    with pytest.raises(ValueError, match="takes 6 samples at most, got 7"): loss(*(each(x, lambda x: torch.cat([x, x[:1]])) for x in (s, t)))
+    more = [each(x, lambda x: torch.cat([x, x[:1]])) for x in (s, t)]
+    with pytest.raises(ValueError, match="takes 6 samples at most, got 7"): loss(*more)
+    last = loss.eval()(*(each(x, lambda x: x[:1]) for x in (s, t)))
+    torch.testing.assert_close(loss(*more), (6 * loss(s, t) + last) / 7)  # of a valid set: in parts
 
 
 def test_mgd_erases_anew_and_the_generator_restores():

@@ -1,13 +1,9 @@
 """The losses on maps (and goldens for others): a second writing in numpy, definitions in float64, invariances, the public contract."""
 import copy
 import functools
-import importlib.util
 import inspect
-import json
 import math
 import pickle
-import re
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import goldfiles
 import kdlab as kd
 from kdlab import map_reference as maps
 from kdlab import token_reference as tokens
 
 f = kd.functional
-HERE = Path(__file__).parent / "goldens"
-GOLD = json.loads((HERE / "zoo.json").read_text(encoding="utf-8"))
+GOLD = goldfiles.load("zoo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 5e-6, torch.float64: 1e-10, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 INF, NAN = math.inf, math.nan
@@ -100,22 +96,9 @@ def pair(name, dtype=torch.float64, B=5):
 
 # goldens
 
-def golden_script():
-    spec = importlib.util.spec_from_file_location("golden_zoo", HERE / "zoo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_goldens_are_what_their_script_writes_and_it_knows_no_kdlab():
-    source = (HERE / "zoo.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"^(?:from|import) (\w+)", source, re.M)) == {"json", "math", "pathlib", "numpy"}
-    fresh = json.loads(golden_script().text())
-    def same(a, b):
-        if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-        if isinstance(a, list): return len(a) == len(b) and all(map(same, a, b))
-        return a == b or a == pytest.approx(b, rel=1e-11, abs=1e-13)  # another libm may round otherwise
-    assert same(fresh, GOLD)
+    assert goldfiles.imports("zoo") <= {"json", "math", "pathlib", "numpy", "writing"}
+    assert goldfiles.is_what_its_script_writes("zoo", rel=1e-11)
 
 
 def given(name, dtype=torch.float64):

@@ -405,7 +405,7 @@ def _part_names(parts:dict[str, Part], taken:dict)->dict[str, Part]:
     count = lambda name: sum(k.split("#")[0] == name for k in taken)
     return {f"{name}#{count(name) + 1}" if count(name) else name: values for name, values in parts.items()}
 
-# %% ../../nbs/api/losses/01_objective.ipynb #96bc0c82
+# %% ../../nbs/api/losses/01_objective.ipynb #cffc0399
 def _written(terms, spell)->str:
     "0.1·A + 0.9·B"
     sign = lambda w: "-" if getattr(w, "factor", w) < 0 else "+"
@@ -414,10 +414,18 @@ def _written(terms, spell)->str:
     text = "".join(f" {sign(w)} {times(w)}{spell(loss)}" for w, loss in terms)
     return text[3:] if text.startswith(" +") else "-" + text[3:]
 
+def _adds(equation:str)->bool:
+    "Is it a sum? What stands in brackets, or after a comma, does not count."
+    depth, bare = 0, ""
+    for c in equation.split(", ")[0]:
+        depth += (c in "([") - (c in ")]")
+        if not depth: bare += c
+    return " + " in bare or " - " in bare
+
 def _equation(loss:Loss)->str:
     "The equation of one term, and where it looks."
-    notes = ", ".join(loss.notes())
-    return loss.equation() + (f" [{notes}]" if notes else "")
+    notes, text = ", ".join(loss.notes()), loss.equation()
+    return (f"({text})" if _adds(text) else text) + (f" [{notes}]" if notes else "")
 
 # %% ../../nbs/api/losses/01_objective.ipynb #14a9cb45
 class Objective(_Weighted):

@@ -62,7 +62,7 @@ class LSH(FeatureLoss):
         "The loss as it is written on paper."
         return f"mean BCE([W t + b > 0], σ(W s + b)), {self.planes} random planes"
 
-# %% ../../nbs/api/losses/08_tokens.ipynb #6b425333
+# %% ../../nbs/api/losses/08_tokens.ipynb #ceca1a69
 class AttentionMap(FeatureLoss):
     """KL between attention maps (B, heads, queries, keys); see `kdlab.functional.attention_map`.
 
@@ -86,7 +86,9 @@ class AttentionMap(FeatureLoss):
 
     def nothing(self, student)->Tensor: return super().nothing(student[:, 0])
 
-    def token_shape(self, student): return (len(student), student.shape[2]) if student.dim() == 4 else None
+    def token_shape(self, student):
+        "The shape (B, queries)."
+        return (len(student), student.shape[2]) if isinstance(student, torch.Tensor) and student.dim() == 4 else None
 
     def extra_repr(self):
         return ", ".join(["scores=True"] * self.scores + ["heads='mean'"] * (self.heads == "mean"))

@@ -480,7 +480,7 @@ class _Embedded(nn.Module):
         x = x.flatten(1)
         return unit(self.layers(F.pad(x @ x.T, (0, self.samples - len(x)))))
 
-# %% ../../nbs/api/losses/09_trained.ipynb #e1050659
+# %% ../../nbs/api/losses/09_trained.ipynb #92631839
 class SemCKD(_Shown):
     """Semantic calibration: every student layer against every teacher layer, weighted by attention.
 
@@ -488,7 +488,8 @@ class SemCKD(_Shown):
     queries and keys are made from the batch's Gram matrices, R_ij is 1x1, 3x3, 1x1 convolutions; the larger map is
     averaged down. Bound to several layers at once; the sides may have different numbers. Chen et al. 2021
     (arXiv:2012.03236). Paper, authors' code and we agree, but for the size of a batch: their networks take one size
-    only, we fill smaller ones up with zeros. Called as `(student, teacher, target=None, *, mask)`."""
+    only, we fill smaller ones up with zeros, and take larger ones in parts when nothing is trained. Called as `(student,
+    teacher, target=None, *, mask)`."""
     term, several, couples = "semckd", True, True
 
     def __init__(self,
@@ -515,8 +516,13 @@ class SemCKD(_Shown):
         return maps.mean((regression(s) - t).square())
 
     def values(self, student, teacher):
-        if len(student[0]) > self.samples:
-            raise ValueError(f"this loss takes {self.samples} samples at most, got {len(student[0])}: SemCKD(samples=...)")
+        n, most = len(student[0]), self.samples
+        if n <= most: return self._values(student, teacher)
+        if self.training: raise ValueError(f"this loss takes {most} samples at most, got {n}: SemCKD(samples=...)")
+        parts = [[_each(side, lambda x: x[i:i + most]) for side in (student, teacher)] for i in range(0, n, most)]
+        return torch.cat([self._values(*part) for part in parts])
+
+    def _values(self, student, teacher):
         q, k = (torch.stack([f(x) for f, x in zip(self.layers[name], side, strict=True)], 1)
                 for name, side in (("query", student), ("key", teacher)))
         pairs = zip(self.layers["regression"], student)

@@ -77,7 +77,7 @@ def _each(name:str, value, n:int)->list:
     if len(values) != n: raise ValueError(f"{name} must be one number or one for each of the {n} stages, got {len(values)}")
     return values
 
-# %% ../../nbs/api/schemes/01_chains.ipynb #04189d04
+# %% ../../nbs/api/schemes/01_chains.ipynb #67e39555
 def teacher_assistants(
     student:nn.Module, # trained in place by the last assistant
     teacher:nn.Module, # or a source; teaches the first assistant
@@ -87,7 +87,10 @@ def teacher_assistants(
     epochs:int|Sequence[int]=5, # of every stage, or one number for each assistant and one for the student
     **options, # losses, lr, seed, out, resume and all else of `kd.distill`, for every stage
 )->Runs: # one for each assistant, the student's last
-    "A chain of teacher assistants: TAKD (Mirzadeh et al. 2020, arXiv:1902.03393, section 4)."
+    """A chain of teacher assistants: TAKD (Mirzadeh et al. 2020, arXiv:1902.03393, section 4).
+
+    The paper searches temperature and weight for each network; here every stage has the same losses, those of `kd.distill`
+    if none are given."""
     if not assistants: raise ValueError("assistants is empty; without one this is kd.distill")
     models = [*assistants, student]
     if len({id(m) for m in (teacher, *models)}) <= len(models): raise ValueError("every model of a chain must be one of its own")
@@ -95,7 +98,7 @@ def teacher_assistants(
     own = [{"epochs": n} for n in _each("epochs", epochs, len(models))]
     return follow(map(Stage, names, models, [teacher, *assistants], own), len(models), train, valid, **options)
 
-# %% ../../nbs/api/schemes/01_chains.ipynb #62dcf487
+# %% ../../nbs/api/schemes/01_chains.ipynb #acda4421
 def born_again(
     make:Callable[[int], nn.Module], # make(generation) -> a fresh network; generation 0 is the first
     train:Iterable, valid:Iterable|None=None, # batches, as for `kd.distill`
@@ -105,7 +108,10 @@ def born_again(
     losses:Loss|list[Loss]|None=None, # of every generation that has a teacher; None is CrossEntropy + SoftKL(T=1)
     **options, # epochs, lr, seed, out, resume and all else of `kd.distill`, for every generation
 )->Runs: # one for each generation
-    "Born-again networks: BAN (Furlanello et al. 2018, arXiv:1805.04770, section 3.1)."
+    """Born-again networks: BAN (Furlanello et al. 2018, arXiv:1805.04770, section 3.1).
+
+    Like the paper we add the labels to the generation before, both with weight 1 and at T = 1; its variants with permuted or
+    weighted dark knowledge are left to `losses=`."""
     if isinstance(generations, bool) or not isinstance(generations, int) or generations < 1:
         raise ValueError(f"generations must be a whole number >= 1, got {generations!r}")
     return follow(_generations(make, generations, teacher, losses), generations + 1, train, valid, **options)
@@ -119,7 +125,7 @@ def _generations(make, generations, teacher, losses)->Iterable[Stage]:
         yield Stage(f"generation{i}", student, teacher, {} if teacher is None else {"losses": taught})
         teacher = student
 
-# %% ../../nbs/api/schemes/01_chains.ipynb #5e24fee3
+# %% ../../nbs/api/schemes/01_chains.ipynb #25fe89cb
 def stage_wise(
     student:nn.Module, # trained in place through all stages
     teacher:nn.Module, # or a source
@@ -130,7 +136,8 @@ def stage_wise(
 )->Runs: # one a stage
     """Features first, then logits, or any other stages: FitNets (Romero et al. 2015, arXiv:1412.6550, algorithm 1).
 
-    Each stage has an optimizer and a learning-rate schedule of its own; a projector lives for its stage."""
+    The paper trains only the lower part of the student in the first stage, and so do we: a loss at a layer gives no gradient
+    to those above. Each stage has an optimizer and a learning-rate schedule of its own; a projector lives for its stage."""
     if not stages or not all(isinstance(s, Mapping) for s in stages):
         raise ValueError("stages must be dicts of options, such as [dict(losses=kd.Hint(project='auto').on('fc1'), epochs=5), "
                          "dict(epochs=10)]")

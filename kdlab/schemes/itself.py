@@ -75,7 +75,7 @@ class FromItself(Loss):
     def nothing(self, student)->Tensor: return 0 * student[0].sum()
     def equation(self)->str: return f"from itself: {Objective([(1., self.loss)]).equation()}"
 
-# %% ../../nbs/api/schemes/04_itself.ipynb #d221698c
+# %% ../../nbs/api/schemes/04_itself.ipynb #bd6ef4e5
 def early_exits(
     student:nn.Module, # `Exits`, or any model whose exits give logits; trained in place
     train:Iterable, valid:Iterable|None=None, # batches, as for `kd.distill`
@@ -86,7 +86,9 @@ def early_exits(
     alpha:float=0.3, # share of the head's teaching in what an exit learns, 0 (labels alone) to 1
     **options, # epochs, lr, seed, out, resume and all else of `kd.distill`
 )->Run:
-    "Self-distillation into early exits: BYOT (Zhang et al. 2019, arXiv:1905.08094, equations 1 and 2; without its feature loss)."
+    """Self-distillation into early exits: BYOT (Zhang et al. 2019, arXiv:1905.08094, equations 1 and 2).
+
+    The paper adds a loss on features with bottlenecks for residual networks; we leave it out."""
     if exits is None:
         if not isinstance(student, Exits): raise ValueError("exits= names the layers that give the exits' logits; or pass kd.schemes.Exits")
         exits = [f"exits.{i}" for i in range(len(student.exits))]

@@ -141,12 +141,13 @@ def _numbers(weights, n:int)->Tensor|None:
         raise ValueError(f"weights must be 'uniform', 'confidence', 'learned' or {n} numbers >= 0, got {weights!r}")
     return (w / w.sum()).float()
 
-# %% ../../nbs/api/schemes/02_teachers.ipynb #454baa8b
+# %% ../../nbs/api/schemes/02_teachers.ipynb #bfc598c2
 class Teachers(_Mean):
     """Several teachers as one: their mean is what the student learns from (Hinton et al. 2015, section 3).
 
     `weights`: "uniform"; "confidence", for each sample by its label (CA-MKD, Zhang et al. 2022, arXiv:2201.00007);
-    "learned", by `fit` on labelled data; or a number for each teacher."""
+    "learned", by `fit` on labelled data; or a number for each teacher. The paper of CA-MKD weighs the losses of the
+    teachers, we weigh their probabilities: the gradient is the same. It adds a loss on features, which is left out here."""
     def __init__(self,
         models:Sequence, # teachers: modules, or sources such as `kd.cache.Cache`
         weights:str|Sequence[float]="uniform", # uniform, confidence, learned, or numbers >= 0, divided by their sum

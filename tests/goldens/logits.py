@@ -3,10 +3,12 @@
 `python tests/goldens/logits.py` writes logits.json beside it. Gradients are complex steps: with no difference of near
 numbers they are exact to rounding, and they need nothing but the formula of the value.
 """
-import json
 from pathlib import Path
 
 import numpy as np
+
+import writing
+from writing import absolute, gradient
 
 C, T = 6, 2.5
 RNG = np.random.default_rng(7)
@@ -32,10 +34,6 @@ def softmax(x):
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
-
-
-def absolute(x):
-    return x * np.sign(x.real)
 
 
 def kl(p, q):
@@ -160,16 +158,6 @@ def dist(inter, intra):
     return whole
 
 
-def gradient(f, s, h=1e-30):
-    "d f / d s by complex steps."
-    out = np.zeros(s.shape)
-    for at in np.ndindex(*s.shape):
-        x = s.astype(complex)
-        x[at] += 1j * h
-        out[at] = f(x).imag / h
-    return out
-
-
 def entry(rows, T=T, square=None, reduce=mean, symmetric=False, swap=True, whole=False):
     "Value, gradient, and the values of the usual mistakes."
     square = T * T if square is None else square
@@ -239,15 +227,7 @@ def goldens():
     return {"inputs": inputs, "losses": losses, "rows": rows}
 
 
-def plain(x):
-    "Arrays and numpy numbers as lists and floats."
-    if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
-    if isinstance(x, np.ndarray): return x.tolist()
-    return x.item() if isinstance(x, np.generic) else x
-
-
-def text():
-    return json.dumps(plain(goldens()), ensure_ascii=False, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n"
+def text(): return writing.text(goldens())
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 `python tests/goldens/zoo.py` writes zoo.json beside it. Gradients are complex steps: with no difference of near numbers
 they are exact to rounding, and they need nothing but the formula of the value.
 """
-import json
 from math import ceil, erf, exp, pi, sqrt
 from pathlib import Path
 
 import numpy as np
+
+import writing
+from writing import absolute, gradient
 
 RNG = np.random.default_rng(3)
 B = 3
@@ -37,7 +39,6 @@ X = new(6, 4)  # vectors of a teacher as wide as the student
 
 # tools that let complex numbers through
 
-def absolute(x): return x * np.sign(x.real)
 def flat(x): return x.reshape(*x.shape[:2], -1)
 def unit(x): return x / np.sqrt((x * x).sum(-1, keepdims=True))
 def mean(x): return x.reshape(len(x), -1).mean(1)
@@ -229,16 +230,6 @@ def imitation(where, pixels=lambda d: (d * d).mean(1)):
     return value
 
 
-def gradient(f, s, h=1e-30):
-    "d f / d s by complex steps."
-    out = np.zeros(s.shape)
-    for at in np.ndindex(*s.shape):
-        x = s.astype(complex)
-        x[at] += 1j * h
-        out[at] = f(x).imag / h
-    return out
-
-
 def entry(f, s=S, t=Z, symmetric=False, whole=False, tokens=False, masks=True, entries=None, **wrong):
     "Value, gradient, and the values of the usual mistakes."
     value = f if whole else lambda a, b, mask=MASK: over_samples(f(a, b), mask)
@@ -320,15 +311,7 @@ def goldens():
     return {"inputs": inputs, "losses": losses}
 
 
-def plain(x):
-    "Arrays and numpy numbers as lists and floats."
-    if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
-    if isinstance(x, np.ndarray): return x.tolist()
-    return x.item() if isinstance(x, np.generic) else x
-
-
-def text():
-    return json.dumps(plain(goldens()), ensure_ascii=False, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n"
+def text(): return writing.text(goldens())
 
 
 if __name__ == "__main__":
