@@ -505,6 +505,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kdlab.figures.live.live_sentence': ('api/figures/live.html#live_sentence', 'kdlab/figures/live.py')},
             'kdlab.figures.match': { 'kdlab.figures.match._axes': ('api/figures/match.html#_axes', 'kdlab/figures/match.py'),
                                      'kdlab.figures.match._cloud': ('api/figures/match.html#_cloud', 'kdlab/figures/match.py'),
+                                     'kdlab.figures.match._end': ('api/figures/match.html#_end', 'kdlab/figures/match.py'),
                                      'kdlab.figures.match._history': ('api/figures/match.html#_history', 'kdlab/figures/match.py'),
                                      'kdlab.figures.match._map': ('api/figures/match.html#_map', 'kdlab/figures/match.py'),
                                      'kdlab.figures.match._ring': ('api/figures/match.html#_ring', 'kdlab/figures/match.py'),

@@ -150,7 +150,7 @@ def _axes(order, names, wall, floor):
         yaxis3=dict(domain=[0, 0.93], anchor="x3", range=[h - 0.5, -0.5], scaleanchor="x3", constrain="domain",
                     constraintoward="top", **hidden))
 
-# %% ../../nbs/api/figures/10_dark.ipynb #b12d32ab
+# %% ../../nbs/api/figures/10_dark.ipynb #dbbf90ee
 def dark_order(
     now:dict,  # from `dark_matrix`
     cluster:bool=True,  # order the classes by the tree
@@ -183,8 +183,8 @@ def dark_figure(
     mark = [dict(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line=edge)
             for y, x in [(order.index(row), order.index(col))]] if {row, col} <= set(order) else []
     many = f"{len(order)} of {len(names)} classes" if len(order) < len(names) else "% of a row"
-    titles = {f"Where the wrong probability goes ({many})": (0, 1.01),
-              f"True {shorten(names[row])}: probability given to {shorten(names[col])}": (0.55, 1.01)}
+    titles = {f"Wrong probability ({many})": (0, 1.01),
+              f"True {shorten(names[row], 9)}: given to {shorten(names[col], 9)}": (0.55, 1.01)}
     parts = _axes(order, names, np.shape(wall[0]["z"]), 0.4 if merges[:, 2].min() > 0.45 else 0)
     foot = dict(l=120, r=16, t=40, b=100) if are_long(names) else dict(l=88, r=16, t=40, b=80)
     return go.Figure([_map(now["share"], order, names), tree, *wall],

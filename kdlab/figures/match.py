@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SYMBOLS', 'linear_cka', 'plane', 'align', 'match_numbers', 'match_figure', 'match_sentence']
 
-# %% ../../nbs/api/figures/23_match.ipynb #3dff39db
+# %% ../../nbs/api/figures/23_match.ipynb #72d6c938
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, grey_image, interval, layout, seed_band, series
+from .kit import HATCH, INK, class_axis, grey_image, interval, layout, seed_band, series, shorten
 
 # %% ../../nbs/api/figures/23_match.ipynb #038b62d4
 def linear_cka(
@@ -58,12 +58,14 @@ def match_numbers(
     mean, half = interval(cka[:, -1, moment, a, b] - cka[:, 0, moment, a, b])
     return dict(map=now, value=float(now[a, b]), best=int(now[a].argmax()), mean=float(mean), half=float(half))
 
-# %% ../../nbs/api/figures/23_match.ipynb #37c04032
+# %% ../../nbs/api/figures/23_match.ipynb #da717311
 def _map(now, names_a, names_b):
     "CKA of each pair of layers, with its number."
     scale = [[0, "#f4f4f4"], [0.7, "#a9d3ee"], [0.701, "#3f97cd"], [0.9, series(0)["color"]], [1, "#00253f"]]
+    few = len(names_a) <= 12 and len(names_b) <= 7  # else the numbers do not fit
     return dict(type="heatmap", z=now["map"].tolist(), zmin=0, zmax=1, colorscale=scale, showscale=False, xgap=2,
-                ygap=2, texttemplate="%{z:.2f}", textfont_size=15, hovertemplate="CKA %{z:.3f}<extra></extra>")
+                ygap=2, texttemplate="%{z:.2f}" if few else "", textfont_size=15,
+                hovertemplate="CKA %{z:.3f}<extra></extra>")
 
 
 def _history(cka, moments, a, b):
@@ -104,27 +106,35 @@ def _ring(xy, example, axis):
                 yaxis=f"y{axis}", hoverinfo="skip", showlegend=False,
                 marker=dict(symbol="circle-open", size=24, color=INK, line_width=3))
 
-# %% ../../nbs/api/figures/23_match.ipynb #4ead8088
+# %% ../../nbs/api/figures/23_match.ipynb #639a184f
+def _end(layer):
+    "A long name of a layer by its end, where layers differ."
+    return layer if len(layer) <= 11 else "…" + layer[-10:]
+
+
 def _axes(layers, moments, reach):
-    rows, columns = layers
-    ticks = lambda names: dict(tickvals=list(range(len(names))), ticktext=list(names), showgrid=False)
+    rows, columns = ([_end(n) for n in names] for names in layers)
+    turned = class_axis(columns, 0.42)["tickangle"] != 0
+    low = 0.63 if turned else 0.58
+    ticks = lambda names, share=1: class_axis(names, share) | dict(title_text="", showgrid=False)
     free = dict(range=[-reach, reach], showticklabels=False, ticks="", mirror=True)
     hidden = dict(showgrid=False, mirror=True, ticks="", showticklabels=False)
     along = dict(range=[-0.15, len(moments) - 0.85], title_text="optimizer steps", tickvals=list(range(len(moments))),
-                 ticktext=[str(m) for m in moments]) if len(moments) > 1 else ticks(columns)
+                 ticktext=[str(m) for m in moments]) if len(moments) > 1 else ticks(columns, 0.44)
     return dict(
-        xaxis=dict(domain=[0, 0.42], range=[-0.5, len(columns) - 0.5], title_text="layer of the student",
-                   **ticks(columns)),
-        yaxis=dict(domain=[0.58, 1], range=[len(rows) - 0.5, -0.5], title_text="layer of the teacher", **ticks(rows)),
+        xaxis=dict(domain=[0, 0.42], range=[-0.5, len(columns) - 0.5])
+        | ticks(columns, 0.42) | dict(title_text="" if turned else "layer of the student"),
+        yaxis=dict(domain=[low, 1], range=[len(rows) - 0.5, -0.5]) | ticks(rows)
+        | dict(title_text="layer of the teacher", tickangle=0, tickfont_size=12 if len(rows) > 12 else 15),
         xaxis2=dict(domain=[0.56, 1], anchor="y2", **along),
-        yaxis2=dict(domain=[0.58, 1], anchor="x2", range=[0, 1.03], title_text="CKA"),
+        yaxis2=dict(domain=[low, 1], anchor="x2", range=[0, 1.03], title_text="CKA"),
         xaxis3=dict(domain=[0, 0.36], anchor="y3", **free), yaxis3=dict(domain=[0, 0.4], anchor="x3", **free),
         xaxis4=dict(domain=[0.42, 0.78], anchor="y4", **free), yaxis4=dict(domain=[0, 0.4], anchor="x4", **free),
         xaxis5=dict(domain=[0.84, 1], anchor="y5", constrain="domain", **hidden),
         yaxis5=dict(domain=[0.1, 0.4], anchor="x5", autorange="reversed", scaleanchor="x5", constrain="domain",
                     **hidden))
 
-# %% ../../nbs/api/figures/23_match.ipynb #b18b8a4d
+# %% ../../nbs/api/figures/23_match.ipynb #278c6642
 def match_figure(
     cka,  # (S, V, K, A, B) of all runs
     variant:int,
@@ -148,19 +158,20 @@ def match_figure(
     student, explained = align(planes[1], teacher)
     traces = [_map(now, *layers), *_history(cka, moments, a, b), _cloud(teacher, labels, names, klass, 3),
               _ring(teacher, example, 3), _cloud(student, labels, names, klass, 4), _ring(student, example, 4)]
-    first, second = layers[0][a], layers[1][b]
-    history = f"{first} and " + (f"{second} while training" if len(moments) > 1 else "each of the student's layers")
-    titles = {"CKA of each pair of layers": (0, 1.01), history: (0.56, 1.01),
+    first, second = _end(layers[0][a]), _end(layers[1][b])
+    history = f"{first} and " + (f"{second} while training" if len(moments) > 1 else "the student's layers")
+    titles = {"CKA: teacher down, student across": (0, 1.01), history: (0.56, 1.01),
               f"Teacher: {first}": (0, 0.41), f"Student: {second}, turned ({100 * explained:.0f}%)": (0.42, 0.41)}
     if images is not None:
         traces.append(grey_image(images[example], images[example].min(), images[example].max(), xaxis="x5", yaxis="y5"))
-        titles[f"#{example}: {names[labels[example]]}"] = (0.84, 0.41)
+        titles[f"#{example}: {shorten(names[labels[example]], 8)}"] = (0.84, 0.41)
     frame = dict(type="rect", x0=b - 0.5, x1=b + 0.5, y0=a - 0.5, y1=a + 0.5,
                  line=dict(color=series(1)["color"], width=5))
     reach = 1.08 * max(np.abs(teacher).max(), np.abs(student).max(), 1e-9)
     legend = dict(x=0.98, y=0.6, xanchor="right", yanchor="bottom", font_size=15, bgcolor="rgba(0,0,0,0)")
-    return go.Figure(traces, layout(760, titles, margin=dict(l=84, r=16, t=40, b=20), shapes=[frame], legend=legend,
-                                    showlegend=True, **_axes(layers, moments, reach)))
+    margin = dict(l=60 + 8 * max(3, *(len(_end(n)) for n in layers[0])), r=16, t=40, b=20)
+    return go.Figure(traces, layout(760, titles, margin=margin, shapes=[frame], legend=legend, showlegend=True,
+                                    **_axes(layers, moments, reach)))
 
 # %% ../../nbs/api/figures/23_match.ipynb #ae4a7607
 def match_sentence(
