@@ -462,6 +462,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kdlab.figures.kernels.rate': ('api/figures/kernels.html#rate', 'kdlab/figures/kernels.py')},
             'kdlab.figures.kit': { 'kdlab.figures.kit._rows': ('api/figures/kit.html#_rows', 'kdlab/figures/kit.py'),
                                    'kdlab.figures.kit.are_long': ('api/figures/kit.html#are_long', 'kdlab/figures/kit.py'),
+                                   'kdlab.figures.kit.blues': ('api/figures/kit.html#blues', 'kdlab/figures/kit.py'),
                                    'kdlab.figures.kit.button': ('api/figures/kit.html#button', 'kdlab/figures/kit.py'),
                                    'kdlab.figures.kit.changes': ('api/figures/kit.html#changes', 'kdlab/figures/kit.py'),
                                    'kdlab.figures.kit.check_absent': ('api/figures/kit.html#check_absent', 'kdlab/figures/kit.py'),

@@ -147,7 +147,7 @@ def _paths(now, start):
                         marker=dict(color=look["color"], size=(11 * dots[:-1]).tolist())))
     return out
 
-# %% ../../nbs/api/figures/14_cover.ipynb #f7769464
+# %% ../../nbs/api/figures/14_cover.ipynb #2475581c
 def cover_figure(
     now:dict,  # from `cover_numbers`
     start:int=0,  # which of the starts is shown strongly
@@ -167,11 +167,11 @@ def cover_figure(
     steps = dict(type="log", range=[-0.04, np.log10(STEPS + 1)], tickvals=[1, 3, 10, 30, 100])
     parts = dict(
         xaxis=dict(domain=[0, 0.52]) | axis, yaxis=dict(domain=[0, 1], range=[0, 1.12 * top], title_text="density"),
-        xaxis2=dict(domain=[left, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.57, 1], anchor="x2", **path),
+        xaxis2=dict(domain=[left, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.6, 1], anchor="x2", **path),
         xaxis3=dict(domain=[left, 1], anchor="y3", title_text="step", **steps),
-        yaxis3=dict(domain=[0, 0.43], anchor="x3", **path))
+        yaxis3=dict(domain=[0, 0.4], anchor="x3", **path))
     titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (left, 1.02),
-              "Reverse KL": (left, 0.45)}
+              "Reverse KL": (left, 0.42)}
     legend = dict(orientation="h", x=0, y=0.03 - foot / 500, yanchor="top", font_size=15)
     return go.Figure([*_densities(now, start), *_paths(now, start)],
                      layout(440 + foot, titles, showlegend=True, legend=legend, margin=dict(l=68, r=16, t=40, b=foot), **parts))

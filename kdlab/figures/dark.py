@@ -6,12 +6,12 @@
 __all__ = ['COLUMNS', 'SHOWN', 'dark_matrix', 'likeness', 'shown_classes', 'class_tree', 'branches', 'check_cell', 'behind',
            'dark_order', 'dark_figure', 'dark_sentence']
 
-# %% ../../nbs/api/figures/10_dark.ipynb #7e9adfc1
+# %% ../../nbs/api/figures/10_dark.ipynb #4599fc50
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (INK, are_long, check_index, check_labels, check_logits, class_axis, grey_image, layout,
-                               series, shorten, softmax)
+from .kit import (INK, are_long, blues, check_index, check_labels, check_logits, class_axis, grey_image,
+                               layout, series, shorten, softmax)
 
 # %% ../../nbs/api/figures/10_dark.ipynb #c18a6826
 def dark_matrix(
@@ -101,10 +101,7 @@ def behind(
     rows = np.flatnonzero(now["y"] == row)
     return rows[np.argsort(-now["p"][rows, col], kind="stable")][:SHOWN].tolist()
 
-# %% ../../nbs/api/figures/10_dark.ipynb #0912a1dc
-_SCALE = [[0, "#f0f0f0"], [0.35, "#8CC6EC"], [0.7, "#0072B2"], [1, "#00263d"]]
-
-
+# %% ../../nbs/api/figures/10_dark.ipynb #03e2287d
 def _map(share, order, names):
     "The matrix as a heat map; the diagonal stays empty."
     percent = 100 * share[np.ix_(order, order)]
@@ -113,7 +110,7 @@ def _map(share, order, names):
     words = [["" if v is None or len(order) > 12 else f"{v:.0f}" for v in row] for row in say]
     hover = [[f"of a true {names[i]}: {0 if v is None else v:.2g}% to {names[k]}" for k, v in zip(order, row)]
              for i, row in zip(order, say)]
-    return dict(type="heatmap", z=say, zmin=0, zmax=top, colorscale=_SCALE, showscale=False, text=words, xgap=1, ygap=1,
+    return dict(type="heatmap", z=say, zmin=0, zmax=top, colorscale=blues(), showscale=False, text=words, xgap=1, ygap=1,
                 texttemplate="%{text}", textfont=dict(size=14), hovertext=hover, hoverinfo="text", hoverongaps=False)
 
 # %% ../../nbs/api/figures/10_dark.ipynb #0c5998df

@@ -6,7 +6,7 @@
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'PAGE_CSS', 'to_numpy',
            'check_logits', 'check_labels', 'check_images', 'check_list', 'check_names', 'check_ids', 'check_index',
            'check_runs', 'check_pair', 'check_scores', 'check_absent', 'check_both', 'softmax', 'log_softmax',
-           'entropy', 'ranking', 'top_mass', 'fade', 'series', 'layout', 'are_long', 'shorten', 'class_axis',
+           'entropy', 'ranking', 'top_mass', 'fade', 'blues', 'series', 'layout', 'are_long', 'shorten', 'class_axis',
            'top_classes', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle',
            'button', 'page', 'write_text', 'write_page', 'snippet']
 
@@ -251,7 +251,7 @@ PALETTE = [  # (name, colour, line dash, marker, bar pattern)
     ("sky", "#56B4E9", "longdashdot", "cross", "-"),
 ]
 
-# %% ../../nbs/api/figures/00_kit.ipynb #285a8d5a
+# %% ../../nbs/api/figures/00_kit.ipynb #b5cf6a31
 def fade(
     color:str,  # "#rrggbb"
     opacity:float,  # 0 to 1
@@ -262,6 +262,13 @@ def fade(
 
 HATCH = dict(fillmode="overlay", fgcolor="white", fgopacity=1, size=8, solidity=0.22)
 "White lines over a bar's own colour; a list of shapes says which bars have them."
+
+
+def blues(
+    turn:float=0.5,  # where it jumps from light to dark, 0 to 1
+) -> list[list]:
+    "A colour scale for cells with numbers in them; it leaves out the blues on which neither black nor white reads."
+    return [[0, "#f0f0f0"], [turn, "#8CC6EC"], [turn + 0.001, "#2678b0"], [1, "#00263d"]]
 
 
 def series(

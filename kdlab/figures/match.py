@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SYMBOLS', 'linear_cka', 'plane', 'align', 'match_numbers', 'match_figure', 'match_sentence']
 
-# %% ../../nbs/api/figures/23_match.ipynb #72d6c938
+# %% ../../nbs/api/figures/23_match.ipynb #5faa5990
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, class_axis, grey_image, interval, layout, seed_band, series, shorten
+from .kit import HATCH, INK, blues, class_axis, grey_image, interval, layout, seed_band, series, shorten
 
 # %% ../../nbs/api/figures/23_match.ipynb #038b62d4
 def linear_cka(
@@ -58,12 +58,11 @@ def match_numbers(
     mean, half = interval(cka[:, -1, moment, a, b] - cka[:, 0, moment, a, b])
     return dict(map=now, value=float(now[a, b]), best=int(now[a].argmax()), mean=float(mean), half=float(half))
 
-# %% ../../nbs/api/figures/23_match.ipynb #da717311
+# %% ../../nbs/api/figures/23_match.ipynb #265d74e6
 def _map(now, names_a, names_b):
     "CKA of each pair of layers, with its number."
-    scale = [[0, "#f4f4f4"], [0.7, "#a9d3ee"], [0.701, "#3f97cd"], [0.9, series(0)["color"]], [1, "#00253f"]]
     few = len(names_a) <= 12 and len(names_b) <= 7  # else the numbers do not fit
-    return dict(type="heatmap", z=now["map"].tolist(), zmin=0, zmax=1, colorscale=scale, showscale=False, xgap=2,
+    return dict(type="heatmap", z=now["map"].tolist(), zmin=0, zmax=1, colorscale=blues(0.7), showscale=False, xgap=2,
                 ygap=2, texttemplate="%{z:.2f}" if few else "", textfont_size=15,
                 hovertemplate="CKA %{z:.3f}<extra></extra>")
 

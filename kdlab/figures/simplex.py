@@ -148,14 +148,14 @@ def _frame(names):
             look | dict(mode="text", x=[0, 1, 0.5], y=[-0.02, -0.02, np.sqrt(3) / 2 + 0.02], text=words,
                         textfont=dict(size=16, color=INK), textposition=["bottom center"] * 2 + ["top center"])]
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #680e7b71
+# %% ../../nbs/api/figures/13_simplex.ipynb #a6a54ba3
 def _walks(walks, chosen):
     "The way of each loss in the triangle, and what is left of it step by step; the chosen one is strong."
     out = []
     for k in range(len(LOSSES)):
         look, strong = series(k), k == chosen
-        color = look["color"] if strong else fade(look["color"], 0.8)
-        line = dict(color=color, dash=look["dash"], width=4 if strong else 2)
+        color = look["color"]
+        line = dict(color=color, dash=look["dash"], width=4 if strong else 2.5)
         xy = plane(walks[k]["path"]).round(4)
         size = [0] * STEPS + [13 if strong else 8]
         out.append(dict(type="scatter", mode="lines+markers", x=xy[:, 0].tolist(), y=xy[:, 1].tolist(), line=line,
