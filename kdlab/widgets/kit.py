@@ -140,7 +140,7 @@ def _can_share() -> bool:
 KDFigure = _SharedFigure if _can_share() else go.FigureWidget
 "The live figure of kdlab: a `plotly.graph_objects.FigureWidget` in use, lighter in the page."
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #7268c250
+# %% ../../nbs/api/widgets/00_kit.ipynb #0e7f6910
 def show(
     live:go.FigureWidget,  # the figure on screen
     new:go.Figure,  # the figure that it should be
@@ -151,13 +151,12 @@ def show(
         live.layout = new.layout
         live.add_traces(new.data)
         return
-    data, frame = figures.changes(live.to_plotly_json(), new.to_plotly_json())
-    with live.batch_update():
-        for i, edits in data.items():
-            for path, value in edits.items():
-                live.data[i][path] = value
-        for path, value in frame.items():
-            live.layout[path] = value
+    new = new.to_plotly_json()
+    data, frame = figures.changes(live.to_plotly_json(), new)
+    after = {i: dict.fromkeys(data[i]) | figures.flat(new["data"][i]) for i in data}  # None: gone
+    paths = dict.fromkeys(path for edits in data.values() for path in edits)
+    if paths or frame:
+        live.plotly_update({path: [after[i].get(path, Undefined) for i in data] for path in paths}, frame, list(data))
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #26e9e220
 def on_points(
