@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from kdlab.figures import kit as figures
 from kdlab.widgets.gallery import EXHIBITS
 from kdlab.widgets.kit import KDWidget
 
@@ -39,7 +40,7 @@ def of_logits(*wanted):
 def tells(view, *words):
     "The view has no picture and no controls, and says the words."
     assert isinstance(view, KDWidget) and view.panel.controls == [] == view.controls() and not view.panel.can_reset
-    assert view.children == (view.panel,) and view.panel.text.startswith("There is no picture.")
+    assert view.children == (view.panel,) and view.panel.text == figures.NO_PICTURE
     for word in words: assert re.search(word, view.panel.error), view.panel.error
     assert view.panel.error[0].islower() and "Error" not in view.panel.error, "not a traceback's words"
     return view.panel.error
@@ -78,7 +79,7 @@ def test_one_class(exhibit, name):
 @logits
 def test_nan(exhibit, name):
     view = exhibit.kind(**good(exhibit) | {name: np.full((N, 10), np.nan)})
-    assert "There is no picture." in view.panel.text and view.fig not in view.children
+    assert view.panel.text == figures.NO_PICTURE and view.fig not in view.children
     assert re.search("NaN", view.panel.error) and re.search("[Gg]ive finite|leave these rows out", view.panel.error)
 
 
@@ -143,7 +144,7 @@ def test_the_page_and_the_converted_notebook_say_it_too(tmp_path, monkeypatch):
         view = x.kind(**good(x) | {first: 7.5})
         page = view.to_html(tmp_path / "page.html").read_text()
         message = re.search(r'id="kd-error" role="alert">(.+?)</p>', page)[1]
-        assert message and "<script src" not in page and len(page) < 30_000 and '"controls": []' in page
+        assert message and figures.NO_PICTURE in page and "<script src" not in page and len(page) < 30_000 and '"controls": []' in page
         monkeypatch.setenv("KDLAB_STATIC", "1")
         out = view._repr_mimebundle_()
         monkeypatch.delenv("KDLAB_STATIC")

@@ -248,10 +248,7 @@ class Panel(anywidget.AnyWidget):
     busy = Unicode().tag(sync=True)
     can_reset = Bool(True).tag(sync=True)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #898357ad
-_NO_PICTURE = "There is no picture. The message below says what to give."
-
-
+# %% ../../nbs/api/widgets/00_kit.ipynb #1c880e0b
 def _message(problem:Exception) -> str:
     "What a learner reads about an exception."
     return str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
@@ -270,7 +267,7 @@ def refresh(
         if view.fig not in view.children:
             view.children = [view.panel, view.fig]
     except Exception as problem:  # whatever it is, a learner has to see it
-        text, error = "" if view.fig in view.children else _NO_PICTURE, _message(problem)
+        text, error = "" if view.fig in view.children else figures.NO_PICTURE, _message(problem)
     with view.panel.hold_sync():
         view.panel.text, view.panel.error = text, error
         view.panel.controls, view.panel.values = shown, {c["name"]: state[c["name"]] for c in shown if c["kind"] != "button"}
@@ -335,7 +332,7 @@ def _on_a_page(view, state):
     except ValueError as problem:
         return None, _message(problem)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #96793f63
+# %% ../../nbs/api/widgets/00_kit.ipynb #a8fa2181
 def write_view(
     view,  # a `KDWidget`
     path,  # the file to write
@@ -353,7 +350,8 @@ def write_view(
         states[",".join(map(str, at))] = _on_a_page(view, here)
     values = {c["name"]: state[c["name"]] for c in kept}
     fig, text = _on_a_page(view, state)
-    html = figures.page(fig, view.title, text, view.caption, kept, values, states, bundle)
+    caption = "" if view.problem else view.caption
+    html = figures.page(fig, view.title, text, caption, kept, values, states, bundle)
     return figures.write_page(path, html)
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #95525886

@@ -191,7 +191,7 @@ class Lab:
 
 
     def show(self, browser, name, cells, height=2400):
-        "A new notebook of these cells, run; all but the first ones that show nothing end in a view."
+        "A new notebook of these cells, run."
         book = self.open(browser, write_notebook(self.folder / f"{name}.ipynb", cells), width=1360, height=height)
         book.run_all()
         return book

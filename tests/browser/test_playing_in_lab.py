@@ -9,7 +9,8 @@ RELIABILITY, MATCH, CLINIC, DISTILLERY = range(4)
 
 @pytest.fixture(scope="module")
 def book(lab, browser):
-    book = lab.show(browser, "playing", [f"import kdlab as kd\nkd.{name}()" for name in VIEWS], height=4600)
+    cells = [f"import kdlab as kd\nkd.{name}()" for name in VIEWS]
+    book = lab.show(browser, "playing", [*cells, "kd.TemperatureLens([[1.0], [2.0]])"], height=4800)
     book.drawn(len(VIEWS))
     return book
 
@@ -74,11 +75,20 @@ def test_a_cell_and_an_example_are_chosen_by_a_click(book):
     assert "The ring is around example 20," in click(book, MATCH, "3", x, y)
 
 
+def test_data_that_cannot_be_shown_are_told(book):
+    widget = book.page.locator(".kd-widget").nth(len(VIEWS))
+    error = widget.get_by_role("alert")
+    assert error.is_visible() and "must have at least two classes" in error.text_content()
+    assert book.words(len(VIEWS)).startswith("There is no picture.")
+    assert widget.locator(".js-plotly-plot, input, select, button:visible").count() == 0
+
+
 @pytest.mark.parametrize("theme", ["Dark", "Light"])
 def test_both_themes(book, theme):
     book.theme(f"JupyterLab {theme}")
     for k, name in enumerate(VIEWS):
         book.shot(f"{name.lower()}_{theme.lower()}", f".kd-widget >> nth={k}")
+    book.shot(f"bad_data_{theme.lower()}", f".kd-widget >> nth={len(VIEWS)}")
     assert book.violations() == []
 
 
