@@ -5,7 +5,9 @@ import re
 import numpy as np
 import pytest
 
+import kdlab as kd
 from kdlab.figures import kit as figures
+from kdlab.figures.temperature import temperature_lens
 from kdlab.widgets.gallery import EXHIBITS
 from kdlab.widgets.kit import KDWidget
 
@@ -158,3 +160,19 @@ def test_a_page_of_which_some_states_cannot_be_drawn(tmp_path):
     page = lens.kind(**start).to_html(tmp_path / "lens.html", controls=["example"], bundle="file").read_text()
     assert page.count("choose another example") == 1 and 'id="kd-error" role="alert" hidden' in page
     assert "plotly.min.js" in page
+
+
+def test_a_view_that_builds_on_another_tells_it_too():
+    class Mine(kd.TemperatureLens):
+        def __init__(self, logits):
+            super().__init__(logits)
+            self.most = self.logits.max()
+    assert Mine([[1.0, 2.0]]).most == 2
+    tells(Mine([[1.0]]), "at least two classes")
+
+
+def test_show_tells_what_does_not_fit_and_raises_what_it_cannot_read():
+    tells(kd.show(np.zeros((3, 1))), "at least two classes")
+    tells(kd.show((np.zeros((3, 4)), np.zeros((2, 4))), labels=[0, 1, 2]), "must have one shape")
+    with pytest.raises(ValueError, match="a pair is .student, teacher., got 3"): kd.show((1, 2, 3))
+    with pytest.raises(ValueError, match="NaN"): temperature_lens([np.nan, 1.0])

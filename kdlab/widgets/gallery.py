@@ -35,7 +35,7 @@ def _of_a_run():
     few = task.few(per_class=4).loaders()
     return dict(student=kd.nets.student_mlp(), teacher=teacher, train=few.train, valid=few.valid, epochs=60)
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #6bf3f133
+# %% ../../nbs/api/widgets/50_gallery.ipynb #2700cffc
 class Exhibit(NamedTuple):
     "One widget of the gallery."
     module: str  # of `kdlab.widgets`
@@ -55,6 +55,8 @@ class Exhibit(NamedTuple):
     def view(self, ready:bool=False) -> KDWidget:  # ready: with its computation done
         "A new live view."
         view = self.kind(**self.given())
+        if view.problem:
+            raise view.problem
         if ready and self.action:
             view.work(getattr(view, self.action)()).finish()
             if view.panel.error:

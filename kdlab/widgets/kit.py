@@ -436,7 +436,7 @@ class _Buttons(_State):
         if self._work is not None:
             self._work.stop()
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #b9b625b4
+# %% ../../nbs/api/widgets/00_kit.ipynb #d34b548e
 def _or_tell(
     build:Callable,  # the `__init__` of a view
 ) -> Callable:
@@ -447,6 +447,8 @@ def _or_tell(
         try:
             build(self, *args, **kwargs)
         except Exception as problem:  # whatever was given, a learner has to see what is wrong with it
+            if self.problem is not None:
+                return  # a view that this one builds on has told it
             if hasattr(self, "panel"):
                 raise  # the data were fine
             self._give_up(problem)
@@ -470,9 +472,9 @@ class _Telling(_Buttons):
         self.controls, self.settle, self.problem = lambda **state: [], lambda changed: None, problem
         KDWidget.__init__(self, hide=["reset"])
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #abd10f3b
+# %% ../../nbs/api/widgets/00_kit.ipynb #d276435f
 class KDWidget(_Telling):
-    "Base of kdlab's live views: a panel with controls above a figure."
+    "Base of kdlab's live views: a panel with controls above a figure; of data that do not fit, a message."
     title = ""
     caption = ""  # what to look for; stands below the exported page
     page_controls = ()  # the controls that `to_html` keeps
