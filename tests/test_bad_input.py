@@ -5,6 +5,9 @@ import re
 import numpy as np
 import pytest
 
+import kdlab as kd
+from kdlab.figures import kit as figures
+from kdlab.figures.temperature import temperature_lens
 from kdlab.widgets.gallery import EXHIBITS
 from kdlab.widgets.kit import KDWidget
 
@@ -39,7 +42,7 @@ def of_logits(*wanted):
 def tells(view, *words):
     "The view has no picture and no controls, and says the words."
     assert isinstance(view, KDWidget) and view.panel.controls == [] == view.controls() and not view.panel.can_reset
-    assert view.children == (view.panel,) and view.panel.text.startswith("There is no picture.")
+    assert view.children == (view.panel,) and view.panel.text == figures.NO_PICTURE
     for word in words: assert re.search(word, view.panel.error), view.panel.error
     assert view.panel.error[0].islower() and "Error" not in view.panel.error, "not a traceback's words"
     return view.panel.error
@@ -78,7 +81,7 @@ def test_one_class(exhibit, name):
 @logits
 def test_nan(exhibit, name):
     view = exhibit.kind(**good(exhibit) | {name: np.full((N, 10), np.nan)})
-    assert "There is no picture." in view.panel.text and view.fig not in view.children
+    assert view.panel.text == figures.NO_PICTURE and view.fig not in view.children
     assert re.search("NaN", view.panel.error) and re.search("[Gg]ive finite|leave these rows out", view.panel.error)
 
 
@@ -143,7 +146,7 @@ def test_the_page_and_the_converted_notebook_say_it_too(tmp_path, monkeypatch):
         view = x.kind(**good(x) | {first: 7.5})
         page = view.to_html(tmp_path / "page.html").read_text()
         message = re.search(r'id="kd-error" role="alert">(.+?)</p>', page)[1]
-        assert message and "<script src" not in page and len(page) < 30_000 and '"controls": []' in page
+        assert message and figures.NO_PICTURE in page and "<script src" not in page and len(page) < 30_000 and '"controls": []' in page
         monkeypatch.setenv("KDLAB_STATIC", "1")
         out = view._repr_mimebundle_()
         monkeypatch.delenv("KDLAB_STATIC")
@@ -157,3 +160,19 @@ def test_a_page_of_which_some_states_cannot_be_drawn(tmp_path):
     page = lens.kind(**start).to_html(tmp_path / "lens.html", controls=["example"], bundle="file").read_text()
     assert page.count("choose another example") == 1 and 'id="kd-error" role="alert" hidden' in page
     assert "plotly.min.js" in page
+
+
+def test_a_view_that_builds_on_another_tells_it_too():
+    class Mine(kd.TemperatureLens):
+        def __init__(self, logits):
+            super().__init__(logits)
+            self.most = self.logits.max()
+    assert Mine([[1.0, 2.0]]).most == 2
+    tells(Mine([[1.0]]), "at least two classes")
+
+
+def test_show_tells_what_does_not_fit_and_raises_what_it_cannot_read():
+    tells(kd.show(np.zeros((3, 1))), "at least two classes")
+    tells(kd.show((np.zeros((3, 4)), np.zeros((2, 4))), labels=[0, 1, 2]), "must have one shape")
+    with pytest.raises(ValueError, match="a pair is .student, teacher., got 3"): kd.show((1, 2, 3))
+    with pytest.raises(ValueError, match="NaN"): temperature_lens([np.nan, 1.0])

@@ -307,7 +307,7 @@ def test_a_student_of_a_whole_cache_is_the_student_of_the_teacher(tmp_path):
     by_teacher = distill(teacher)
     assert fingerprint(by_cache.student) == fingerprint(by_teacher.student) and plain(by_cache) == plain(by_teacher)
     assert by_cache.plan == by_teacher.plan and torch.equal(by_cache.outputs["teacher"], by_teacher.outputs["teacher"])
-    kd.show(by_cache)
+    assert kd.show(by_cache).problem is None
 
 
 def test_a_run_may_change_from_the_teacher_to_its_cache(tmp_path):

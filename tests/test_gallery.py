@@ -143,6 +143,9 @@ def test_a_page_is_not_written_when_the_computation_fails(monkeypatch, tmp_path)
     broken = live._replace(given=lambda: live.given() | dict(lr="fast"))
     with pytest.raises(RuntimeError, match="LiveRun.train.. failed: "): list(write_gallery(tmp_path, [broken]))
     assert not list(tmp_path.iterdir())
+    lens = next(x for x in EXHIBITS if x.module == "temperature")
+    with pytest.raises(ValueError, match="at least two classes"):
+        list(write_gallery(tmp_path, [lens._replace(given=lambda: dict(logits=[[1.0]]))]))
 
 
 def test_the_notebook_shows_them_all():

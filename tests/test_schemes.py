@@ -38,7 +38,7 @@ def test_a_chain_is_its_runs_one_after_the_other(teacher):
         assert fingerprint(alone.student) == fingerprint(run.student) and plain(alone) == plain(run)
         above = alone.student
     assert runs.student is runs[2].student and runs.history is runs[2].history
-    kd.show(runs)
+    assert kd.show(runs).problem is None
 
 
 def test_a_chain_may_have_epochs_of_its_own_for_each_stage(teacher):
@@ -200,7 +200,7 @@ def test_a_student_of_several_teachers(teacher, tmp_path):
     run = kd.distill(net(), team(), loader(), loader(seed=2), **OPTIONS)
     assert "3 teachers, mean of probabilities at T=4, weights uniform" in repr(run) and run.outputs["teacher"].shape == (64, 3)
     assert run.plan["objective"] == (0.1 * kd.CrossEntropy() + 0.9 * kd.SoftKL(T=4)).equation()
-    kd.show(run)
+    assert kd.show(run).problem is None
     sgd = OPTIONS | dict(optimizer=lambda p: torch.optim.SGD(p, 0.1)) # Adam would make steps out of rounding
     three, one = (kd.distill(net(), t, loader(), **sgd) for t in (schemes.Teachers([teacher] * 3), teacher))
     alike(three.student, one.student)
@@ -308,7 +308,7 @@ def test_the_cohort_is_one_student_for_the_run(teacher, tmp_path):
     mean = torch.stack([kd.frozen(s)(x).softmax(-1) for s in run.student.students]).mean(0)
     torch.testing.assert_close(kd.frozen(run.student)(x).exp(), mean)
     assert set(run.history[0]["terms"]) == {"EachPeer all", "FromPeers all"} and "valid_accuracy" in run.history[0]
-    kd.show(run), kd.show(cohort(teacher=teacher))
+    assert kd.show(run).problem is None and kd.show(cohort(teacher=teacher)).problem is None
 
     def stop(run):
         if run.epoch == 1: raise KeyboardInterrupt
@@ -415,7 +415,7 @@ def test_early_exits_need_neither_teacher_nor_labels(tmp_path):
     assert list(whole.history[0]["terms"]) == ["CrossEntropy", "CrossEntropy exits.0", "CrossEntropy exits.1", "FromItself exits.0+model",
                                                "FromItself exits.1+model"]
     assert list(run(alpha=0.).history[0]["terms"]) == ["CrossEntropy", "CrossEntropy exits.0", "CrossEntropy exits.1"]
-    kd.show(whole)
+    assert kd.show(whole).problem is None
 
     def stop(run): raise KeyboardInterrupt
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['T_GRID', 'soft_gradient', 'hard_gradient', 'balance_numbers', 'balance_figure', 'balance_sentence']
 
-# %% ../../nbs/api/figures/05_balance.ipynb #61e163f2
+# %% ../../nbs/api/figures/05_balance.ipynb #32ecbda3
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, class_axis, layout, series, softmax, top_classes
+from .kit import HATCH, INK, are_long, class_axis, layout, series, softmax, top_classes
 
 # %% ../../nbs/api/figures/05_balance.ipynb #e9e5982d
 T_GRID = np.geomspace(1, 20, 25)
@@ -88,15 +88,16 @@ def _share(now):
                  textangle=0, textfont=dict(size=15, color="white"), hovertemplate=f"{name} %{{x:.1f}}%<extra></extra>",
                  marker=dict(color=series(i)["color"])) for name, value, i, shape in parts]
 
-# %% ../../nbs/api/figures/05_balance.ipynb #791969b2
+# %% ../../nbs/api/figures/05_balance.ipynb #22a8aa28
 def _axes(names, reach):
+    low = 0.5 if are_long(names) else 0.42  # room for names
     return dict(
         xaxis=dict(domain=[0, 0.42], type="log", range=[-0.02, np.log10(21)], title_text="temperature T",
                    tickvals=[1, 2, 4, 8, 16], ticktext="1 2 4 8 16".split()),
         yaxis=dict(domain=[0, 1], type="log", range=[-3, 1.3], title_text="mean gradient norm",
                    tickvals=[1e-3, 1e-2, 1e-1, 1, 10], ticktext="0.001 0.01 0.1 1 10".split()),
         xaxis2=dict(domain=[0.54, 1], anchor="y2", range=[-0.6, len(names) - 0.4], **class_axis(names, 0.46)),
-        yaxis2=dict(domain=[0.42, 1], anchor="x2", range=[-reach, reach], title_text="push on the logit", nticks=5,
+        yaxis2=dict(domain=[low, 1], anchor="x2", range=[-reach, reach], title_text="push on the logit", nticks=5,
                     zeroline=True, zerolinecolor=INK, zerolinewidth=1.5),
         xaxis3=dict(domain=[0.54, 1], anchor="y3", range=[0, 100], title_text="share of the gradient, %"),
         yaxis3=dict(domain=[0, 0.12], anchor="x3", showticklabels=False, ticks="", showgrid=False))

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['board_numbers', 'check_map', 'nearest', 'board_figure', 'board_sentence']
 
-# %% ../../nbs/api/figures/11_board.ipynb #766bc340
+# %% ../../nbs/api/figures/11_board.ipynb #18175929
 import numpy as np
 import plotly.graph_objects as go
 
 from .balance import hard_gradient, soft_gradient
-from .kit import (HATCH, INK, are_long, check_index, check_scores, class_axis, interval, layout,
+from .kit import (HATCH, INK, are_long, blues, check_index, check_scores, class_axis, interval, layout,
                                log_softmax, seed_band, series, shorten, top_classes)
 
 # %% ../../nbs/api/figures/11_board.ipynb #ed754e84
@@ -83,15 +83,12 @@ def _pushes(now, shown):
                        marker=dict(symbol="diamond", size=11, color=series(1)["color"], line=dict(color="white")),
                        hovertemplate="both %{y:.3f}<extra></extra>", showlegend=True, cliponaxis=False)]
 
-# %% ../../nbs/api/figures/11_board.ipynb #57796aa7
-_SCALE = [[0, "#f0f0f0"], [0.5, "#8CC6EC"], [1, "#005685"]]
-
-
+# %% ../../nbs/api/figures/11_board.ipynb #4fe11b06
 def _map(scores, temperatures):
     "Mean accuracy of each pair, with half its interval."
     mean, half = interval(scores)
     text = [[f"{m:.1f} ± {h:.1f}" for m, h in zip(*rows)] for rows in zip(mean, half)]
-    return dict(type="heatmap", z=mean.tolist(), xaxis="x3", yaxis="y3", colorscale=_SCALE, showscale=False, xgap=1,
+    return dict(type="heatmap", z=mean.tolist(), xaxis="x3", yaxis="y3", colorscale=blues(), showscale=False, xgap=1,
                 ygap=1, text=text, texttemplate="%{text}", textfont=dict(size=13), hoverinfo="skip",
                 zmin=float(mean.min()), zmax=float(mean.max()))
 

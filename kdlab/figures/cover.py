@@ -6,11 +6,11 @@
 __all__ = ['GRID', 'STARTS', 'STEPS', 'RATE', 'LOSSES', 'two_peaks', 'gaussian', 'divergences', 'slopes', 'descend',
            'cover_numbers', 'places', 'valley', 'cover_figure', 'cover_sentence']
 
-# %% ../../nbs/api/figures/14_cover.ipynb #c566a781
+# %% ../../nbs/api/figures/14_cover.ipynb #c5eb974a
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import check_index, fade, layout, log_softmax, series
+from .kit import check_index, class_axis, fade, layout, log_softmax, series
 
 # %% ../../nbs/api/figures/14_cover.ipynb #2e73843e
 GRID = np.linspace(-16, 16, 201)
@@ -147,7 +147,7 @@ def _paths(now, start):
                         marker=dict(color=look["color"], size=(11 * dots[:-1]).tolist())))
     return out
 
-# %% ../../nbs/api/figures/14_cover.ipynb #6db5fb88
+# %% ../../nbs/api/figures/14_cover.ipynb #2475581c
 def cover_figure(
     now:dict,  # from `cover_numbers`
     start:int=0,  # which of the starts is shown strongly
@@ -160,20 +160,21 @@ def cover_figure(
     room = 0.04 * (edge[1] - edge[0])
     edge = [min(edge[0] - room, min(now["starts"])), max(edge[1] + room, max(now["starts"]))]
     top = max(np.exp(now["log_p"]).max(), *(now[k]["q"][start].max() for k in LOSSES)) / step
-    axis = dict(title_text="", range=edge) | (ticks or {})
-    path = dict(title_text="" if ticks else "mean", range=edge, nticks=5) | (ticks or {})
-    left = 0.7 if ticks else 0.64
+    named = class_axis(ticks["ticktext"], 0.52) | dict(tickvals=ticks["tickvals"], title_text="") if ticks else {}
+    axis = dict(title_text="", range=edge) | named
+    path = dict(title_text="" if ticks else "mean", range=edge, nticks=5) | named | dict(tickangle=0)
+    left, foot = (0.7 if ticks else 0.64), 60 if named.get("tickangle", 0) == 0 else 120
     steps = dict(type="log", range=[-0.04, np.log10(STEPS + 1)], tickvals=[1, 3, 10, 30, 100])
     parts = dict(
         xaxis=dict(domain=[0, 0.52]) | axis, yaxis=dict(domain=[0, 1], range=[0, 1.12 * top], title_text="density"),
-        xaxis2=dict(domain=[left, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.57, 1], anchor="x2", **path),
+        xaxis2=dict(domain=[left, 1], anchor="y2", **steps), yaxis2=dict(domain=[0.6, 1], anchor="x2", **path),
         xaxis3=dict(domain=[left, 1], anchor="y3", title_text="step", **steps),
-        yaxis3=dict(domain=[0, 0.43], anchor="x3", **path))
+        yaxis3=dict(domain=[0, 0.4], anchor="x3", **path))
     titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (left, 1.02),
-              "Reverse KL": (left, 0.45)}
-    legend = dict(orientation="h", x=0, y=-0.09, yanchor="top", font_size=15)
+              "Reverse KL": (left, 0.42)}
+    legend = dict(orientation="h", x=0, y=0.03 - foot / 500, yanchor="top", font_size=15)
     return go.Figure([*_densities(now, start), *_paths(now, start)],
-                     layout(500, titles, showlegend=True, legend=legend, **parts))
+                     layout(440 + foot, titles, showlegend=True, legend=legend, margin=dict(l=68, r=16, t=40, b=foot), **parts))
 
 # %% ../../nbs/api/figures/14_cover.ipynb #6d1f7534
 def cover_sentence(now:dict, start:int=0) -> str:

@@ -6,12 +6,12 @@
 __all__ = ['COLUMNS', 'SHOWN', 'dark_matrix', 'likeness', 'shown_classes', 'class_tree', 'branches', 'check_cell', 'behind',
            'dark_order', 'dark_figure', 'dark_sentence']
 
-# %% ../../nbs/api/figures/10_dark.ipynb #7e9adfc1
+# %% ../../nbs/api/figures/10_dark.ipynb #4599fc50
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (INK, are_long, check_index, check_labels, check_logits, class_axis, grey_image, layout,
-                               series, shorten, softmax)
+from .kit import (INK, are_long, blues, check_index, check_labels, check_logits, class_axis, grey_image,
+                               layout, series, shorten, softmax)
 
 # %% ../../nbs/api/figures/10_dark.ipynb #c18a6826
 def dark_matrix(
@@ -101,10 +101,7 @@ def behind(
     rows = np.flatnonzero(now["y"] == row)
     return rows[np.argsort(-now["p"][rows, col], kind="stable")][:SHOWN].tolist()
 
-# %% ../../nbs/api/figures/10_dark.ipynb #0912a1dc
-_SCALE = [[0, "#f0f0f0"], [0.35, "#8CC6EC"], [0.7, "#0072B2"], [1, "#00263d"]]
-
-
+# %% ../../nbs/api/figures/10_dark.ipynb #03e2287d
 def _map(share, order, names):
     "The matrix as a heat map; the diagonal stays empty."
     percent = 100 * share[np.ix_(order, order)]
@@ -113,7 +110,7 @@ def _map(share, order, names):
     words = [["" if v is None or len(order) > 12 else f"{v:.0f}" for v in row] for row in say]
     hover = [[f"of a true {names[i]}: {0 if v is None else v:.2g}% to {names[k]}" for k, v in zip(order, row)]
              for i, row in zip(order, say)]
-    return dict(type="heatmap", z=say, zmin=0, zmax=top, colorscale=_SCALE, showscale=False, text=words, xgap=1, ygap=1,
+    return dict(type="heatmap", z=say, zmin=0, zmax=top, colorscale=blues(), showscale=False, text=words, xgap=1, ygap=1,
                 texttemplate="%{text}", textfont=dict(size=14), hovertext=hover, hoverinfo="text", hoverongaps=False)
 
 # %% ../../nbs/api/figures/10_dark.ipynb #0c5998df
@@ -150,7 +147,7 @@ def _axes(order, names, wall, floor):
         yaxis3=dict(domain=[0, 0.93], anchor="x3", range=[h - 0.5, -0.5], scaleanchor="x3", constrain="domain",
                     constraintoward="top", **hidden))
 
-# %% ../../nbs/api/figures/10_dark.ipynb #b12d32ab
+# %% ../../nbs/api/figures/10_dark.ipynb #dbbf90ee
 def dark_order(
     now:dict,  # from `dark_matrix`
     cluster:bool=True,  # order the classes by the tree
@@ -183,8 +180,8 @@ def dark_figure(
     mark = [dict(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line=edge)
             for y, x in [(order.index(row), order.index(col))]] if {row, col} <= set(order) else []
     many = f"{len(order)} of {len(names)} classes" if len(order) < len(names) else "% of a row"
-    titles = {f"Where the wrong probability goes ({many})": (0, 1.01),
-              f"True {shorten(names[row])}: probability given to {shorten(names[col])}": (0.55, 1.01)}
+    titles = {f"Wrong probability ({many})": (0, 1.01),
+              f"True {shorten(names[row], 9)}: given to {shorten(names[col], 9)}": (0.55, 1.01)}
     parts = _axes(order, names, np.shape(wall[0]["z"]), 0.4 if merges[:, 2].min() > 0.45 else 0)
     foot = dict(l=120, r=16, t=40, b=100) if are_long(names) else dict(l=88, r=16, t=40, b=80)
     return go.Figure([_map(now["share"], order, names), tree, *wall],

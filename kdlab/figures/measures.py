@@ -7,12 +7,12 @@ __all__ = ['LOOKS', 'class_rows', 'class_figure', 'class_sentence', 'agreement_f
            'calibration_figure', 'calibration_sentence', 'wrong_shares', 'similarity_figure', 'similarity_sentence',
            'cka_figure', 'best_layers', 'cka_sentence']
 
-# %% ../../nbs/api/figures/30_measures.ipynb #c9fa8491
+# %% ../../nbs/api/figures/30_measures.ipynb #47c04bcf
 import numpy as np
 import plotly.graph_objects as go
 
 from .dark import dark_order, likeness, shown_classes
-from .kit import HATCH, INK, are_long, class_axis, layout, series, shorten
+from .kit import HATCH, INK, are_long, blues, class_axis, layout, series, shorten
 
 # %% ../../nbs/api/figures/30_measures.ipynb #d6dd09bd
 LOOKS = {"teacher": series(2), "student": series(0)}
@@ -185,8 +185,7 @@ def wrong_shares(
     np.fill_diagonal(out, np.nan)
     return out
 
-# %% ../../nbs/api/figures/30_measures.ipynb #8feb3130
-_DARK = [[0, "#f0f0f0"], [0.35, "#8CC6EC"], [0.7, "#0072B2"], [1, "#00263d"]]
+# %% ../../nbs/api/figures/30_measures.ipynb #bd1716bf
 _BOTH = [[0, "#D55E00"], [0.5, "#f0f0f0"], [1, "#0072B2"]]
 
 
@@ -199,7 +198,7 @@ def _map(values, order, names, axis, **parts):
                 text=[["" if v is None or len(order) > 10 else f"{round(v)}" for v in row] for row in z], texttemplate="%{text}",
                 textfont_size=12, xaxis=f"x{axis}", yaxis=f"y{axis}") | parts
 
-# %% ../../nbs/api/figures/30_measures.ipynb #8c1bcd7a
+# %% ../../nbs/api/figures/30_measures.ipynb #b9134cd6
 def similarity_figure(
     teacher,  # (C, C) mean probabilities of the samples of each class
     student,  # (C, C)
@@ -210,7 +209,7 @@ def similarity_figure(
     order = dark_order(dict(share=t), classes=shown_classes(t))[0] if len(t) > 2 else list(range(len(t)))
     most = max(np.nan_to_num(x[np.ix_(order, order)]).max() for x in (t, s))
     top = next(v for v in (5, 10, 20, 40, 60, 100.0) if v >= min(100 * most, 100))
-    traces = [*(_map(x, order, names, axis, zmin=0, zmax=top, colorscale=_DARK) for x, axis in ((t, ""), (s, 2))),
+    traces = [*(_map(x, order, names, axis, zmin=0, zmax=top, colorscale=blues()) for x, axis in ((t, ""), (s, 2))),
               _map(s - t, order, names, 3, zmin=-top / 2, zmax=top / 2, colorscale=_BOTH)]
     across, room = class_axis([names[k] for k in order], 0.31) | dict(title_text=""), 60 if are_long(names) else 0
     ticks = dict(tickvals=across["tickvals"], ticktext=across["ticktext"], showgrid=False)
@@ -236,7 +235,7 @@ def similarity_sentence(teacher, student, names:list[str], correlation:float) ->
             f"{round(correlation, 2) + 0.0:.2f}; they differ most for a true {names[i]}, of which {names[k]} gets {100 * s[i, k]:.0f}% of the wrong "
             f"probability instead of {100 * t[i, k]:.0f}%.")
 
-# %% ../../nbs/api/figures/30_measures.ipynb #ea4da7fb
+# %% ../../nbs/api/figures/30_measures.ipynb #6ff72d77
 def cka_figure(
     cka,  # (student's layers, teacher's layers)
     student:list[str],  # names of the rows
@@ -248,8 +247,7 @@ def cka_figure(
               for i, k in best_layers(cka)]
     short = lambda names: [n if len(n) < 22 else "…" + n[-20:] for n in names]
     ticks = lambda names: dict(tickvals=list(range(len(names))), ticktext=short(names), showgrid=False)
-    scale = [[0, "#f4f4f4"], [0.7, "#a9d3ee"], [0.701, "#3f97cd"], [0.9, series(0)["color"]], [1, "#00253f"]]
-    heat = dict(type="heatmap", z=z, zmin=0, zmax=1, colorscale=scale, showscale=False, xgap=2, ygap=2,
+    heat = dict(type="heatmap", z=z, zmin=0, zmax=1, colorscale=blues(0.7), showscale=False, xgap=2, ygap=2,
                 texttemplate="%{z:.2f}" if max(np.shape(cka)) <= 12 else "", textfont_size=14, hoverongaps=False,
                 hovertemplate="%{y} of the student, %{x} of the teacher: %{z:.3f}<extra></extra>")
     long = max(map(len, short([*student, *teacher])))

@@ -184,7 +184,7 @@ def _temperature(now, curves, T):
     return [*out, dict(dot, y=[loss], xaxis="x3", yaxis="y3"),
             dict(dot, y=[at], xaxis="x4", yaxis="y4", error_y=spread)]
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #3ec86ce6
+# %% ../../nbs/api/figures/20_reliability.ipynb #c6bf8a1f
 MISTAKES = 8
 
 
@@ -193,8 +193,8 @@ def _mistakes(now, labels, images, names):
     rows = np.flatnonzero(~now["right"])
     rows = rows[np.argsort(-now["sure"][rows], kind="stable")][:MISTAKES]
     short = lambda name: shorten(name, 10)
-    gap = "<br>" if are_long(names) else " "
-    words = [f"says <b>{short(names[now['says'][i]])}</b>{gap}({now['sure'][i]:.2f})<br>is {short(names[labels[i]])}"
+    says, gap = ("", "<br>") if are_long(names) else ("says ", " ")
+    words = [f"{says}<b>{short(names[now['says'][i]])}</b>{gap}({now['sure'][i]:.2f})<br>is {short(names[labels[i]])}"
              for i in rows]
     h, w = (0, 8) if images is None else images.shape[1:]
     text = dict(type="scatter", mode="text", x=[1.5 * w * (k + 0.5) - 0.5 for k in range(len(rows))], y=[h] * len(rows),
@@ -229,7 +229,7 @@ def _axes(curves, size, low, width):
         yaxis5=dict(domain=[0, size], anchor="x5", scaleanchor="x5", constrain="domain", constraintoward="top",
                     **hidden))
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #65facbfe
+# %% ../../nbs/api/figures/20_reliability.ipynb #cf996473
 def _rule(T, axis):
     "An upright line at the best temperature."
     return dict(type="line", xref=f"x{axis}", yref=f"y{axis} domain", x0=T, x1=T, y0=0, y1=1,
@@ -257,7 +257,7 @@ def reliability_figure(
     axes["yaxis5"]["range"] = [1.6 * h - 0.5, -0.5] if h else [2, 0]
     titles = {"What happens where it says so": (0, 1.015), "Log loss (dashed: to choose T)": (0.58, 1.015),
               "ECE (upright: the best T)": (0.58, low + 0.435 * (1 - low)),
-              "The most confident mistakes": (0, size + 0.01)}
+              "The most confident mistakes (what it says, what it is)": (0, size + 0.01)}
     best = float(np.clip(curves["best"], 0.25, 4))
     traces = [*_diagram(now), *_key(), *_temperature(now, curves, T),
               *_mistakes(now, labels[1::2], None if images is None else images[1::2], names)]

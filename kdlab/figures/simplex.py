@@ -6,13 +6,13 @@
 __all__ = ['LOSSES', 'STEPS', 'RATE', 'LEVELS', 'loss_at', 'logit_gradient', 'walk', 'plane', 'weights', 'level_lines',
            'simplex_numbers', 'simplex_figure', 'simplex_sentence', 'point', 'parts', 'corners', 'dropped']
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #40f32d55
+# %% ../../nbs/api/figures/13_simplex.ipynb #5af9ed65
 import re
 
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, fade, layout, log_softmax, ranking, series, softmax
+from .kit import INK, fade, layout, log_softmax, ranking, series, shorten, softmax
 
 # %% ../../nbs/api/figures/13_simplex.ipynb #41000271
 LOSSES = ("cross-entropy", "forward KL", "reverse KL", "JS", "MSE")
@@ -122,7 +122,7 @@ def level_lines(
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return np.where(on_edge[..., None], at(np.tile(edge, (len(LEVELS), 1))), at(low)), on_edge
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #f201fdcb
+# %% ../../nbs/api/figures/13_simplex.ipynb #36b1fe04
 def _landscape(name, p):
     "Nested level lines; the loss stands at the top of each that closes inside."
     lines, on_edge = level_lines(name, p)
@@ -143,19 +143,19 @@ def _frame(names):
     "The edges of the triangle and the names of its corners."
     xy = plane(np.eye(3)[[0, 1, 2, 0]])
     look = dict(type="scatter", hoverinfo="skip", showlegend=False, cliponaxis=False)
-    words = [f"<b>{n if len(n) < 16 else n[:14] + '…'}</b>" + tail for n, tail in zip(names, ("<br>(label)", "", ""))]
+    words = [f"<b>{shorten(n)}</b>" + tail for n, tail in zip(names, ("<br>(label)", "", ""))]
     return [look | dict(mode="lines", x=xy[:, 0].tolist(), y=xy[:, 1].tolist(), line=dict(color=INK, width=2)),
             look | dict(mode="text", x=[0, 1, 0.5], y=[-0.02, -0.02, np.sqrt(3) / 2 + 0.02], text=words,
                         textfont=dict(size=16, color=INK), textposition=["bottom center"] * 2 + ["top center"])]
 
-# %% ../../nbs/api/figures/13_simplex.ipynb #680e7b71
+# %% ../../nbs/api/figures/13_simplex.ipynb #a6a54ba3
 def _walks(walks, chosen):
     "The way of each loss in the triangle, and what is left of it step by step; the chosen one is strong."
     out = []
     for k in range(len(LOSSES)):
         look, strong = series(k), k == chosen
-        color = look["color"] if strong else fade(look["color"], 0.8)
-        line = dict(color=color, dash=look["dash"], width=4 if strong else 2)
+        color = look["color"]
+        line = dict(color=color, dash=look["dash"], width=4 if strong else 2.5)
         xy = plane(walks[k]["path"]).round(4)
         size = [0] * STEPS + [13 if strong else 8]
         out.append(dict(type="scatter", mode="lines+markers", x=xy[:, 0].tolist(), y=xy[:, 1].tolist(), line=line,

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['PATH', 'STEPS', 'STUDENTS', 'ALPHAS', 'TEMPERATURES', 'ARMS', 'WIDTHS', 'SIZES', 'SOURCES', 'LAYERS', 'LAYER_STEPS',
-           'BUGS', 'CLINIC_STEPS', 'SYMPTOMS', 'load', 'write']
+           'BUGS', 'CLINIC_STEPS', 'SYMPTOMS', 'load', 'pair', 'write']
 
-# %% ../../nbs/api/figures/04_stored.ipynb #0c979c17
+# %% ../../nbs/api/figures/04_stored.ipynb #15cd015a
 import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+
+from .kit import check_absent, check_both
 
 # %% ../../nbs/api/figures/04_stored.ipynb #6e1382e4
 PATH = Path(str(files("kdlab"))) / "figures" / "stored.npz"
@@ -34,7 +36,7 @@ BUGS = ("right", "labels only", "no T²", "mean over classes", "swapped argument
 CLINIC_STEPS = (0, 10, 25, 50, 100, 200, 400, 700)
 SYMPTOMS = ("loss", "gradient norm", "student's accuracy", "teacher's accuracy", "drift of the teacher's buffers")
 
-# %% ../../nbs/api/figures/04_stored.ipynb #92222072
+# %% ../../nbs/api/figures/04_stored.ipynb #939ea6dc
 @cache
 def load() -> dict[str, np.ndarray]:
     "All stored arrays by name; logits and images as float64. The first axis of most is the seed."
@@ -45,6 +47,19 @@ def load() -> dict[str, np.ndarray]:
     out["images"] = out["images"] / 16.0
     out["labels"] = out["labels"].astype(np.int64)
     return {name: value.astype(np.float64) if value.dtype.kind == "f" else value for name, value in out.items()}
+
+
+def pair(
+    teacher_logits,  # (N, C); None: those of a stored run, and of a student that is still learning
+    student_logits,
+    labels,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Logits (N, C) of a teacher and a student, and labels (N,): the reader's own, or stored ones."
+    if teacher_logits is not None:
+        return check_both(teacher_logits, student_logits, labels)
+    check_absent("teacher_logits", student_logits=student_logits, labels=labels)
+    arrays = load()
+    return check_both(arrays["teacher"][0], arrays["students"][0, 0, 1], arrays["labels"])
 
 
 def write(

@@ -28,11 +28,11 @@ norms = [np.linalg.norm(g, axis=1).mean() for g in (soft, hard)]
 share = norms[0] / sum(norms)                                     # at equal weights
 """
 
-# %% ../../nbs/api/widgets/05_balance.ipynb #063a9c47
+# %% ../../nbs/api/widgets/05_balance.ipynb #c5412520
 class TSquaredBalance(KDWidget):
     "Length of the soft and the hard gradient against the temperature, with and without T²."
     title = "T² balance"
-    caption = "Without T² the soft gradient shrinks like 1/T², and the labels alone decide."
+    caption = "Without T² the soft gradient shrinks in the end like 1/T², and the labels alone decide."
     page_controls = ("T", "t_squared")
     T, t_squared = Float(4.0).tag(kd=True), Bool(True).tag(kd=True)
     seed, example = Int(0).tag(kd=True), Int(0).tag(kd=True)

@@ -35,7 +35,7 @@ def _of_a_run():
     few = task.few(per_class=4).loaders()
     return dict(student=kd.nets.student_mlp(), teacher=teacher, train=few.train, valid=few.valid, epochs=60)
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #6bf3f133
+# %% ../../nbs/api/widgets/50_gallery.ipynb #2700cffc
 class Exhibit(NamedTuple):
     "One widget of the gallery."
     module: str  # of `kdlab.widgets`
@@ -55,29 +55,35 @@ class Exhibit(NamedTuple):
     def view(self, ready:bool=False) -> KDWidget:  # ready: with its computation done
         "A new live view."
         view = self.kind(**self.given())
+        if view.problem:
+            raise view.problem
         if ready and self.action:
             view.work(getattr(view, self.action)()).finish()
             if view.panel.error:
                 raise RuntimeError(f"{self.name}.{self.action}() failed: {view.panel.error}")
         return view
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #238cf3ea
+# %% ../../nbs/api/widgets/50_gallery.ipynb #c00f79cc
 _SOFT = (
     Exhibit("temperature", "TemperatureLens", "What does the temperature reveal?",
             "When T grows from 1 to 8, does the order of the classes change? Which bars grow most?",
-            "The order stays; what was invisible at T = 1, the teacher's second and third thoughts, becomes a target to learn "
-            "from. At very large T all that is left is noise around uniform.", _of_one_teacher),
+            "The order stays; what was invisible at T = 1, the teacher's second and third thoughts, becomes a target "
+            "to learn from. At very large T the bars are nearly even, and little is left to learn.", _of_one_teacher),
     Exhibit("balance", "TSquaredBalance", "Why is the soft loss multiplied by T²?",
             "Turn T² off and move T from 1 to 20: by what factor does the soft gradient shrink?",
-            "Nearly by T². With the factor the soft and the hard term keep their balance when T changes; without it the soft "
-            "term falls silent."),
+            "By about 70 here, not by 400: at first a softer target differs from the student in more classes. From T "
+            "= 4 on each doubling of T divides it by about four, which T² makes good: the soft term keeps its size. "
+            "Without T² it falls silent."),
     Exhibit("dark", "DarkKnowledge", "Which classes look alike to the teacher?",
             "Which two digits does a good teacher find most alike? Will that change with the temperature?",
-            "The wrong probability is far from even: some cells hold a third of their row, and the images behind them show why. "
-            "As T grows the contrast goes, the order of the wrong classes stays."),
+            "The wrong probability is far from even: at T = 4 some cells hold a third of their row, and the images "
+            "behind them show why. As T grows the contrast goes. The order of the wrong classes stays in each image, "
+            "but not in the mean over images: at T = 20 another pair is most alike."),
     Exhibit("gap", "TeacherStudentGap", "Where do teacher and student disagree?",
-            "The student is a few points behind. Is it behind on every class? Is it ever right where its teacher is wrong?",
-            "The gap sits in a few classes and in doubtful images, and some points lie on the student's side.", _of_a_pair),
+            "The student is 13 points behind. Is it behind on every class? Is it ever right where its teacher is "
+            "wrong?",
+            "It is behind on every class, but five of the ten make four fifths of the gap, mostly in images on which "
+            "it is unsure itself. One example of 500 lies on its side.", _of_a_pair),
     Exhibit("board", "AlphaT", "Which signal drives the update?",
             "At alpha = 0.9, whose is the update, the label's or the teacher's? Which of the two knobs decides more about the "
             "accuracy?",
@@ -85,42 +91,47 @@ _SOFT = (
             "alpha hardly matters, up to the last row, where no teacher is left."),
 )
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #72f18510
+# %% ../../nbs/api/widgets/50_gallery.ipynb #3ba4ee66
 _PULL = (
     Exhibit("simplex", "Simplex", "What do cross-entropy, forward KL, reverse KL, JS and MSE prefer?",
             "The student is sure of the wrong class. Which of the five losses brings it to the teacher first, and which does not "
             "bring it there at all?",
-            "Cross-entropy with the label runs past the teacher into the corner; the other four end at the teacher, by different "
-            "ways. From a student that is sure and wrong forward KL falls at once, JS and MSE start on a plateau."),
+            "Cross-entropy with the label runs past the teacher into the corner; the other four lead to the teacher, "
+            "by different ways and not equally fast. From a student that is sure and wrong forward KL falls at once, "
+            "JS and MSE start on a plateau."),
     Exhibit("cover", "CoveringOrSeeking", "Forward or reverse KL, when the student is too small for its teacher?",
             "The teacher has two peaks, the student is one Gaussian. Where will forward KL put it, and where reverse KL? Does the "
             "start matter?",
-            "Forward KL covers both peaks and puts mass in the valley between, from every start. Reverse KL sits on one peak, and "
-            "the start decides which. With the peaks close together both agree."),
+            "Forward KL covers both peaks and puts mass in the valley between, from every start. Reverse KL sits on "
+            "one peak, and the start decides which; from a start between the peaks it may stay there. With the peaks "
+            "close together both agree."),
     Exhibit("placebo", "PlaceboTeacher", "Is it the teacher, or just softness?",
             "Smoothed labels are as soft as the teacher's targets. Will a student learn as much from them?",
-            "No: of targets equally soft only the true teacher's help on the 40 images, and on the digit that the student "
-            "never saw, targets that keep the classes apart are what counts. Look at the intervals."),
+            "No: of targets equally soft only the true teacher's help on the 40 images, and only with them does the "
+            "student know the digit that it never saw. What counts is what they say about each single image: class "
+            "means bring next to nothing of it. Look at the intervals."),
     Exhibit("capacity", "CapacityGap", "Can a teacher be too good?",
             "Which teacher's student is best: that of the smallest, a middle or the largest one? Does an assistant help?",
-            "Here no: on this task better teachers do not make worse students, the student alone is hard to beat, and an "
-            "assistant brings nothing that the intervals can tell. The textbook's effect needs other conditions."),
+            "Here no: on this task better teachers do not make worse students. But no teacher's student beats the "
+            "student alone, and an assistant brings nothing that the intervals can tell. The textbook's effect needs "
+            "other conditions."),
     Exhibit("split", "DKDSplit", "What hides inside the soft loss?",
             "A teacher is 99% sure of the right class: how much of the soft loss is about which other class the image looks like?",
-            "Next to nothing, as KD weighs that part with what the teacher leaves over. DKD gives it a weight of its own, and "
-            "a higher temperature does part of the same."),
+            "Next to nothing, as KD weighs that part with what the teacher leaves over. DKD gives it a weight of its "
+            "own. A higher temperature does part of the same, as it makes the teacher itself less sure: leave its "
+            "confidence at \"its own\" to see that."),
 )
 
-# %% ../../nbs/api/widgets/50_gallery.ipynb #a033fcb9
+# %% ../../nbs/api/widgets/50_gallery.ipynb #3c0fef35
 _TRUST = (
     Exhibit("match", "LayerMatch", "Which layers of student and teacher correspond?",
             "Which layers are alike before any training? Does a hint through a projector make the second layers more alike than "
             "soft targets alone do?",
-            "They correspond by depth: early layers are alike before training, late ones because of it. A hint whose projector "
-            "may turn everything need not change the student."),
+            "Early layers correspond to early ones, late to late ones: the early are alike before training, the late "
+            "because of it. A hint whose projector may turn everything need not change the student."),
     Exhibit("reliability", "Reliability", "Is the student calibrated?",
-            "It is right in 94 of 100 cases. When it says 99%, may you believe it? Can a temperature after training change "
-            "its accuracy?",
+            "It is right in 95 of 100 cases. When it says 99%, may you believe it? Can a temperature after training "
+            "change its accuracy?",
             "One number, found on other examples, changes no answer, lowers the log loss, and brings the calibration error down to "
             "about what chance makes of so few examples."),
     Exhibit("distillery", "Distillery", "What does a student with few labels gain from a teacher, and from which points?",

@@ -140,7 +140,7 @@ def _can_share() -> bool:
 KDFigure = _SharedFigure if _can_share() else go.FigureWidget
 "The live figure of kdlab: a `plotly.graph_objects.FigureWidget` in use, lighter in the page."
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #7268c250
+# %% ../../nbs/api/widgets/00_kit.ipynb #0e7f6910
 def show(
     live:go.FigureWidget,  # the figure on screen
     new:go.Figure,  # the figure that it should be
@@ -151,13 +151,12 @@ def show(
         live.layout = new.layout
         live.add_traces(new.data)
         return
-    data, frame = figures.changes(live.to_plotly_json(), new.to_plotly_json())
-    with live.batch_update():
-        for i, edits in data.items():
-            for path, value in edits.items():
-                live.data[i][path] = value
-        for path, value in frame.items():
-            live.layout[path] = value
+    new = new.to_plotly_json()
+    data, frame = figures.changes(live.to_plotly_json(), new)
+    after = {i: dict.fromkeys(data[i]) | figures.flat(new["data"][i]) for i in data}  # None: gone
+    paths = dict.fromkeys(path for edits in data.values() for path in edits)
+    if paths or frame:
+        live.plotly_update({path: [after[i].get(path, Undefined) for i in data] for path in paths}, frame, list(data))
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #26e9e220
 def on_points(
@@ -249,10 +248,7 @@ class Panel(anywidget.AnyWidget):
     busy = Unicode().tag(sync=True)
     can_reset = Bool(True).tag(sync=True)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #898357ad
-_NO_PICTURE = "There is no picture. The message below says what to give."
-
-
+# %% ../../nbs/api/widgets/00_kit.ipynb #1c880e0b
 def _message(problem:Exception) -> str:
     "What a learner reads about an exception."
     return str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
@@ -271,7 +267,7 @@ def refresh(
         if view.fig not in view.children:
             view.children = [view.panel, view.fig]
     except Exception as problem:  # whatever it is, a learner has to see it
-        text, error = "" if view.fig in view.children else _NO_PICTURE, _message(problem)
+        text, error = "" if view.fig in view.children else figures.NO_PICTURE, _message(problem)
     with view.panel.hold_sync():
         view.panel.text, view.panel.error = text, error
         view.panel.controls, view.panel.values = shown, {c["name"]: state[c["name"]] for c in shown if c["kind"] != "button"}
@@ -336,7 +332,7 @@ def _on_a_page(view, state):
     except ValueError as problem:
         return None, _message(problem)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #96793f63
+# %% ../../nbs/api/widgets/00_kit.ipynb #a8fa2181
 def write_view(
     view,  # a `KDWidget`
     path,  # the file to write
@@ -354,7 +350,8 @@ def write_view(
         states[",".join(map(str, at))] = _on_a_page(view, here)
     values = {c["name"]: state[c["name"]] for c in kept}
     fig, text = _on_a_page(view, state)
-    html = figures.page(fig, view.title, text, view.caption, kept, values, states, bundle)
+    caption = "" if view.problem else view.caption
+    html = figures.page(fig, view.title, text, caption, kept, values, states, bundle)
     return figures.write_page(path, html)
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #95525886
@@ -439,7 +436,7 @@ class _Buttons(_State):
         if self._work is not None:
             self._work.stop()
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #b9b625b4
+# %% ../../nbs/api/widgets/00_kit.ipynb #d34b548e
 def _or_tell(
     build:Callable,  # the `__init__` of a view
 ) -> Callable:
@@ -450,6 +447,8 @@ def _or_tell(
         try:
             build(self, *args, **kwargs)
         except Exception as problem:  # whatever was given, a learner has to see what is wrong with it
+            if self.problem is not None:
+                return  # a view that this one builds on has told it
             if hasattr(self, "panel"):
                 raise  # the data were fine
             self._give_up(problem)
@@ -473,9 +472,9 @@ class _Telling(_Buttons):
         self.controls, self.settle, self.problem = lambda **state: [], lambda changed: None, problem
         KDWidget.__init__(self, hide=["reset"])
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #abd10f3b
+# %% ../../nbs/api/widgets/00_kit.ipynb #d276435f
 class KDWidget(_Telling):
-    "Base of kdlab's live views: a panel with controls above a figure."
+    "Base of kdlab's live views: a panel with controls above a figure; of data that do not fit, a message."
     title = ""
     caption = ""  # what to look for; stands below the exported page
     page_controls = ()  # the controls that `to_html` keeps

@@ -21,7 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / ".browser"
@@ -114,6 +116,14 @@ def _frame_size(frame):
     return len(frame["payloadData"]) * (0.75 if frame["opcode"] == 2 else 1)
 
 
+def write_notebook(path, cells):
+    "A notebook of code cells."
+    notebook = new_notebook(cells=[new_code_cell(c) for c in cells])
+    notebook.metadata.kernelspec = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(notebook, path)
+    return path
+
+
 class Lab:
     "A JupyterLab on a free port with its own token, configuration, settings, workspaces and runtime folder."
 
@@ -181,6 +191,14 @@ class Lab:
         return book
 
 
+    def show(self, browser, name, cells, height=2400):
+        "A new notebook of these cells, run."
+        book = self.open(browser, write_notebook(self.folder / f"{name}.ipynb", cells), width=1360, height=height)
+        book.run_all()
+        return book
+
+
+PLOTS = "[...document.querySelectorAll('.js-plotly-plot')]"
 NOTEBOOK = "window.jupyterapp?.shell.currentWidget"
 KERNEL = f"{NOTEBOOK}?.sessionContext?.session?.kernel"
 
@@ -231,8 +249,18 @@ class Book:
 
     def drawn(self, plots):
         "Wait until that many plots are drawn."
-        many = "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.querySelector('.main-svg')).length"
+        many = f"{PLOTS}.filter(p => p.querySelector('.main-svg')).length"
         self.page.wait_for_function(f"n => {many} === n", arg=plots, timeout=60_000)
+
+    def words(self, view):
+        "The sentence of a view."
+        return self.page.locator(".kd-text").nth(view).text_content()
+
+    def changed(self, view, before):
+        "The sentence, once it is a new one."
+        new = "([i, was]) => document.querySelectorAll('.kd-text')[i].textContent !== was"
+        self.page.wait_for_function(new, arg=[view, before])
+        return self.words(view)
 
     def theme(self, name):
         "Switch to 'JupyterLab Dark' or 'JupyterLab Light'."
@@ -246,6 +274,13 @@ class Book:
         target = self.page if selector is None else self.page.locator(selector).first
         target.screenshot(path=SHOTS / f"{name}.png")
         return SHOTS / f"{name}.png"
+
+    def violations(self):
+        "What axe-core finds in the views: (rule, impact, where)."
+        need(find_spec("axe_playwright_python"), "axe checks skipped: pip install axe-playwright-python")
+        from axe_playwright_python.sync_playwright import Axe
+        found = Axe().run(self.page, context=".kd-widget").response["violations"]
+        return [(v["id"], v["impact"], [n["html"] for n in v["nodes"]][:3]) for v in found]
 
     def assert_clean(self):
         "No stderr, no console error, no failed request, nothing that left the machine."

@@ -3,30 +3,21 @@ import re
 
 import pytest
 
-from lab import ROOT
+from lab import PLOTS, ROOT
 
 LESSON = ROOT / "nbs" / "course" / "01_what_a_teacher_knows.ipynb"
 WIDGETS = 6  # the lens, the gap, and four comparisons
-PLOTS = "[...document.querySelectorAll('.js-plotly-plot')]"
 
 
 @pytest.fixture(scope="module")
 def book(lab, browser):
     book = lab.open(browser, LESSON)
     book.run_all(timeout=300)
-    drawn(book)
+    book.drawn(WIDGETS)
     return book
 
 
-def drawn(book):
-    "Wait until all plots are drawn."
-    ready = f"() => {PLOTS}.filter(p => p.querySelector('.main-svg')).length === {WIDGETS}"
-    book.page.wait_for_function(ready, timeout=60_000)
-
-
-def said(book, widget=0):
-    "The sentence of a widget."
-    return book.page.locator(".kd-text").nth(widget).text_content()
+def said(book, widget=0): return book.words(widget)
 
 
 def bars(book):
@@ -70,7 +61,7 @@ def test_a_reload_keeps_the_traces(book):
     traces = book.page.evaluate(f"() => {PLOTS}.map(p => p.data.length)")
     assert min(traces) > 1
     book.save_and_reload()
-    drawn(book)
+    book.drawn(WIDGETS)
     assert book.page.evaluate(f"() => {PLOTS}.map(p => p.data.length)") == traces
     assert ([said(book, i) for i in range(WIDGETS)], bars(book)) == before
     press(book, "Home")  # and it still moves

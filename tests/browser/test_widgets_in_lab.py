@@ -1,12 +1,9 @@
 """Both widgets in a real JupyterLab: keyboard, clicks, reload, themes, accessibility; and the exported page."""
 import json
-from importlib.util import find_spec
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lab import SHOTS, Record, need
+from lab import PLOTS, SHOTS, Record
 
 SETUP = """\
 from sklearn.datasets import load_digits
@@ -19,56 +16,39 @@ teacher, student = (LogisticRegression(max_iter=200).fit(x[:n], y[:n]) for n in 
 t, s = (net.decision_function(x[1000:]) for net in (teacher, student))"""
 LENS = "lens = TemperatureLens(t, images=images, labels=y[1000:])\nlens.example = 3\nlens.example = 0\nlens"
 GAP = "gap = TeacherStudentGap(t, s, y[1000:], images=images)\ngap"
-PLOTS = "() => [...document.querySelectorAll('.js-plotly-plot')]"
 
 
 @pytest.fixture(scope="module")
-def book(lab, browser, tmp_path_factory):
-    cells = [new_markdown_cell("# Widgets"), *map(new_code_cell, (SETUP, LENS, GAP))]
-    notebook = new_notebook(cells=cells)
-    notebook.metadata.kernelspec = dict(name="python3", display_name="python3", language="python")
-    path = tmp_path_factory.mktemp("source") / "two_widgets.ipynb"
-    nbformat.write(notebook, path)
-    book = lab.open(browser, path, width=1360)
-    book.run_all()
-    drawn(book)
+def book(lab, browser):
+    book = lab.show(browser, "two_widgets", (SETUP, LENS, GAP))
+    book.drawn(2)
     return book
 
 
-def drawn(book, plots=2):
-    "Wait until all plots are drawn."
-    book.page.wait_for_function(f"({PLOTS})().filter(p => p.querySelector('.main-svg')).length === {plots}")
-
-
 def data(book, plot, trace, key):
-    return book.page.evaluate(f"({PLOTS})()[{plot}].data[{trace}]['{key}']")
+    return book.page.evaluate(f"{PLOTS}[{plot}].data[{trace}]['{key}']")
 
 
 def clear(book, group):
     "Which points of a group are not faded."
-    colors = book.page.evaluate(f"({PLOTS})()[1].data[{group}].marker.color")
+    colors = book.page.evaluate(f"{PLOTS}[1].data[{group}].marker.color")
     return [i for i, color in enumerate(colors) if color]
-
-
-def words(book, widget):
-    return book.page.locator(".kd-text").nth(widget).text_content()
 
 
 def press(book, keys, widget):
     "Press keys one by one, then wait until the sentence of the widget is a new one; return it."
-    before = words(book, widget)
+    before = book.words(widget)
     for key in keys:
         book.page.keyboard.press(key)
-    book.page.wait_for_function("([i, was]) => document.querySelectorAll('.kd-text')[i].textContent !== was",
-                                arg=[widget, before])
+    book.changed(widget, before)
     return settled(book, widget)
 
 
 def settled(book, widget):
     "The sentence, once it and the plot agree and nothing moves any more."
-    look = f"JSON.stringify(({PLOTS})()[{widget}].data.map(d => [d.y, d.marker?.color]))"
+    look = f"JSON.stringify({PLOTS}[{widget}].data.map(d => [d.y, d.marker?.color]))"
     last = None
-    while last != (last := (words(book, widget), book.page.evaluate(look))):
+    while last != (last := (book.words(widget), book.page.evaluate(look))):
         book.page.wait_for_timeout(150)
     return last[0]
 
@@ -96,13 +76,13 @@ def test_the_keyboard_alone_reaches_every_control(book):
     assert seen == ["T", "example", "log_axis", "Reset", "which", "klass", "page", "lasso", "Reset"]
     book.page.locator("input[data-name=log_axis]").focus()
     book.page.keyboard.press("Space")
-    book.page.wait_for_function(f"() => ({PLOTS})()[0].layout.yaxis2.type === 'log'")
+    book.page.wait_for_function(f"() => {PLOTS}[0].layout.yaxis2.type === 'log'")
     book.page.locator("input[data-name=example]").focus()
     press(book, ["ArrowRight"] * 3, 0)
     assert book.page.locator("input[data-name=example]").get_attribute("aria-valuetext") == "3 (5)"
     book.page.locator(".kd-reset").first.focus()
     assert press(book, ["Enter"], 0).startswith("At T = 4 ")
-    assert book.page.evaluate(f"({PLOTS})()[0].layout.yaxis2.type") == "linear"
+    assert book.page.evaluate(f"{PLOTS}[0].layout.yaxis2.type") == "linear"
 
 
 def test_lists_filter_all_views(book):
@@ -131,7 +111,7 @@ def test_pointing_filters_all_views(book):
     book.page.wait_for_function(said, arg="picked by hand")
     settled(book, 1)
     shown = sum(len(clear(book, k)) for k in range(1, 5))
-    assert 0 < shown < 100 and f"of the {shown} picked by hand" in words(book, 1)
+    assert 0 < shown < 100 and f"of the {shown} picked by hand" in book.words(1)
     confidence = data(book, 1, 2, "x")
     assert all(0.45 < confidence[i] < 0.85 for i in clear(book, 2))
     dim = "p => [...p.querySelectorAll('.scatterlayer .point')].filter(e => Number(e.style.opacity) < 1).length"
@@ -151,10 +131,10 @@ def test_a_reload_keeps_all_traces(book, lab):
     before = press(book, ["End"], 0), settled(book, 1)
     bars = data(book, 0, 0, "y"), data(book, 1, 5, "y")
     book.save_and_reload()
-    drawn(book)
-    assert [len(p) for p in book.page.evaluate(f"({PLOTS})().map(p => p.data)")] == [8, 12]
+    book.drawn(2)
+    assert [len(p) for p in book.page.evaluate(f"{PLOTS}.map(p => p.data)")] == [8, 12]
     assert (data(book, 0, 0, "y"), data(book, 1, 5, "y")) == bars
-    assert (words(book, 0), words(book, 1)) == before
+    assert (book.words(0), book.words(1)) == before
     book.page.locator("input[data-name=T]").focus()
     assert press(book, ["Home"], 0).startswith("At T = 0.25 ")  # and it still moves
     bundles = book.page.evaluate("Object.keys(globalThis[Symbol.for('kdlab.plotly')]).length")
@@ -180,10 +160,7 @@ def test_both_themes(book, theme):
         const style = getComputedStyle(document.querySelector('.js-plotly-plot ' + what));
         return what === '.main-svg' ? style.backgroundColor : style.fill; })""")
     assert ("255, 255, 255" in ink) == (theme == "Dark") and paper == "rgba(0, 0, 0, 0)"
-    need(find_spec("axe_playwright_python"), "axe checks skipped: pip install axe-playwright-python")
-    from axe_playwright_python.sync_playwright import Axe
-    found = Axe().run(book.page, context=".kd-widget").response["violations"]
-    assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found] == []
+    assert book.violations() == []
 
 
 def test_two_views_of_one_widget_move_together(book):
@@ -194,18 +171,18 @@ def test_two_views_of_one_widget_move_together(book):
     cell = "window.jupyterapp.shell.currentWidget.content.activeCell"
     book.page.evaluate(f"() => {cell}.model.sharedModel.setSource('lens')")
     book.command("notebook:run-cell")
-    drawn(book, 3)
+    book.drawn(3)
     book.page.locator("input[data-name=T]").last.focus()
     text = press(book, ["ArrowRight"], 2)
-    assert words(book, 0) == text and data(book, 0, 0, "y") == data(book, 2, 0, "y")
+    assert book.words(0) == text and data(book, 0, 0, "y") == data(book, 2, 0, "y")
     book.command("notebook:delete-cell")
-    drawn(book)
+    book.drawn(2)
     book.page.locator("input[data-name=T]").focus()
     assert press(book, ["Home"], 0).startswith("At T = 0.25 ") and data(book, 0, 2, "x") == [0.25]
 
 
 def test_plots_follow_the_width_of_the_page(book):
-    width = f"() => ({PLOTS})().map(p => p.querySelector('.main-svg').clientWidth)"
+    width = f"() => {PLOTS}.map(p => p.querySelector('.main-svg').clientWidth)"
     wide = book.page.evaluate(width)
     book.page.set_viewport_size(dict(width=1160, height=2400))
     book.page.wait_for_function(f"was => ({width})().every((w, i) => w < was[i])", arg=wide)

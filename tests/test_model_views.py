@@ -12,6 +12,7 @@ from kdlab.widgets.clinic import BugClinic
 from kdlab.widgets.distillery import Distillery
 from kdlab.widgets.match import LayerMatch
 from kdlab.widgets.reliability import Reliability
+from test_widgets import messages
 
 VIEWS = {"reliability": Reliability, "match": LayerMatch, "clinic": BugClinic,
          "distillery": Distillery}
@@ -34,15 +35,6 @@ CHANGES = [  # a control, and a value that it does not have at birth
 def made():
     "One view of each kind; a test that changes it resets it."
     return {name: view() for name, view in VIEWS.items()}
-
-
-def messages(figure):
-    "A list that grows with each edit that the figure sends to the browser."
-    sent = []
-    names = [n for n in figure.trait_names() if n.startswith("_py2js_")]
-    assert len(names) >= 7
-    figure.observe(lambda change: sent.append(change["name"]) if change["new"] else None, names)
-    return sent
 
 
 @pytest.mark.parametrize("kind, name, value", CHANGES)
