@@ -236,7 +236,7 @@ class WideRows {
             if (!kNear || kCE) top_s = max(s, top_s);
             if (kNear) {
                 const Difference<V> d(s, t);
-                const V et = quick_exp(t - from_t, T), w = ((d.difference - apart) + d.error) * inverse_T, above = psi(w);
+                const V et = quick_exp<true>(t - from_t, T), w = ((d.difference - apart) + d.error) * inverse_T, above = psi(w);
                 const V change = et * (w + above);
                 top_t = max(t, top_t);
                 top_w = max(abs(w), top_w);
