@@ -249,8 +249,8 @@ class WideRows {
             if (!kNear || kCE) top_s = max(s, top_s);
             if (kNear) {
                 const Difference<V> d(s, t);
-                const V et = quick_exp(t - from_t, T), w = ((d.difference - apart) + d.error) * inverse_T, above = psi(w);
-                const V change = et * (w + above);
+                const V et = quick_exp<true>(t - from_t, T), w = ((d.difference - apart) + d.error) * inverse_T;
+                const V above = psi(w), change = et * (w + above);
                 top_t = max(t, top_t);
                 top_w = max(abs(w), top_w);
                 top_change = max(abs(change), top_change);
