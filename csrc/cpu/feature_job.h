@@ -1,6 +1,7 @@
 // What the kernels of feature losses share: one call, with what follows from its arguments worked out once.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "rows.h"
 
@@ -48,6 +49,22 @@ struct AngleJob : kdlab_angles {
     }
     int64_t part_size() const { return row_of_part(room()) + room(); }
     size_t scratch_bytes() const { return 2 * 6 * sizeof(double) * room(); }
+};
+
+// Gram matrices, one piece of columns after the other. Every entry belongs to one tile, so that threads do not matter.
+struct GramJob : kdlab_gram {
+    enum Step { pack, centring, add_tiles, product };
+    struct Tile { int64_t i, j; bool teacher; };    // rows of both sides, from there on four each
+    int64_t from, width;                            // of the piece
+    int64_t stride;                                 // of a packed row
+    void* packed[3];                                // [rows, stride]
+    const void* weights;                            // [count, rows]: what a sample adds to the gradients of all
+    const Tile* tiles;
+    double counted;                                 // how many samples count, at least 1
+    bool stream;                                    // the gradient outgrows the cache: write it past the cache
+    int64_t rows() const { return (count + 3) / 4 * 4; }
+    bool pair() const { return teacher && !slopes; }
+    bool counts(int64_t r) const { return r < count && (!mask || mask[r]); }
 };
 
 }  // namespace kdlab
