@@ -26,7 +26,7 @@ _HOMES = {
     "kdlab.losses.sparse": "SparseForwardKL SparseReverseKL",
     "kdlab.losses.features": "AttentionTransfer ChannelKL Cosine FeatureLoss Hint",
     "kdlab.losses.maps": "ActivationBoundary FactorTransfer Fourier FSP HierarchicalContext ICKD Imitation NST Overhaul",
-    "kdlab.losses.trained": "CRD MGD ReviewKD SemCKD SimKD SRRL VID",
+    "kdlab.losses.trained": "CRD LearntFactors MGD Paraphraser ReviewKD SemCKD SimKD SRRL VID",
     "kdlab.losses.tokens": "AttentionMap LSH TokenRelation",
     "kdlab.losses.relations": "CKA CorrelationCongruence DIST PKT RKD RKDAngle RKDDistance Similarity "
                               "SimilarityKL",
@@ -41,7 +41,7 @@ _HOMES |= {
     "kdlab.logs": "tensorboard",
     "kdlab.calling": "frozen",
     "kdlab.taps": "Taps layers pair",
-    "kdlab.adapters": "Projector build reuse",
+    "kdlab.adapters": "Projector build paraphraser reuse",
     "kdlab.gaps": "Gap gap",
     "kdlab.gap_reports": "report",
     "kdlab.checkup": "doctor",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Numbered', 'ids_of', 'store', 'Cache', 'load']
 
-# %% ../nbs/api/04_cache.ipynb #20add1f8
+# %% ../nbs/api/04_cache.ipynb #a01715b9
 import itertools
 import json
 import zlib
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from .calling import _IDS, ask, count, device_of, frozen, move, named_tensors, split
+from .calling import ask, count, device_of, frozen, ids_in, move, named_tensors, split
 from .checkpoints import fingerprint, write
 from .functional import sparse
 from .losses import CrossEntropy, Loss, SoftKL
@@ -41,14 +41,13 @@ class Numbered(Dataset):
         "Passed on, for data that are drawn anew in every epoch."
         if hasattr(self.dataset, "set_epoch"): self.dataset.set_epoch(epoch)
 
-# %% ../nbs/api/04_cache.ipynb #c444ac7c
+# %% ../nbs/api/04_cache.ipynb #90a96a7a
 def ids_of(
     batch, # what a loader gives
     ids:Callable|None=None, # ids(batch) -> (B,) whole numbers, for batches that hold them elsewhere
 )->Tensor: # (B,) int64, on the CPU
     "The ids of a batch's samples, or an error that says how to get some."
-    if ids is not None: found = ids(batch)
-    else: found = next((batch[k] for k in _IDS if k in batch), None) if isinstance(batch, Mapping) else None
+    found = ids_in(batch) if ids is None else ids(batch)
     if found is None:
         raise ValueError("the batches have no sample ids, so stored outputs cannot be told apart. Use "
                          "kd.tasks.loader(samples, ids=True), wrap the data set with kd.cache.Numbered, or pass "

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Ways', 'cautions', 'Models', 'Trainer', 'step', 'tell_scheduler', 'epoch', 'steps_in', 'evaluate']
 
-# %% ../nbs/api/04_loop.ipynb #7de8f396
+# %% ../nbs/api/04_loop.ipynb #ac9764fa
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .calling import count, device_of, move, split
+from .calling import count, device_of, ids_in, move, split
 from .checkpoints import seed_all
 from .parallel import Team, add_gradients, share
 from .terms import Answers, Batch, Seen, Watched, bound_names, couples, has_unlabelled, is_source, parts_of, weigh
@@ -48,7 +48,7 @@ class Ways(NamedTuple):
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# %% ../nbs/api/04_loop.ipynb #db496fe2
+# %% ../nbs/api/04_loop.ipynb #aaa36a2b
 def cautions(student:nn.Module, objective, ways:Ways)->list[str]:
     "What a reader of the run should know."
     parts = [f"accumulate={ways.accumulate}"] * (ways.accumulate > 1) + [f"processes={ways.team.size}"] * (ways.team.size > 1)
@@ -57,11 +57,17 @@ def cautions(student:nn.Module, objective, ways:Ways)->list[str]:
     notes, whole = [], ways.accumulate == 1 and ways.gather
     if coupled and not whole:
         notes.append(f"{', '.join(coupled)} compare only the samples of one part of a batch with each other ({where})")
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in chain(student.modules(), objective.modules())):
         notes.append(f"batch norm sees one part of a batch at a time ({where})")
     return notes
 
-# %% ../nbs/api/04_loop.ipynb #12fde8f0
+# %% ../nbs/api/04_loop.ipynb #e5319609
+def _ids(raw, x, device:torch.device)->Tensor|None:
+    "Sample ids of a batch, if it carries one whole number a sample."
+    found = ids_in(raw)
+    if not isinstance(found, Tensor) or found.is_floating_point() or found.shape != (count(x),): return None
+    return found.to(device)
+
 class Models:
     "Student and teacher as a run sees them, on the student's device."
     def __init__(self, run, ways:Ways):
@@ -84,7 +90,7 @@ class Models:
         "A batch of a loader, on the device."
         x, y = split(raw)
         x, y = move(x, self.device), None if y is None else y.to(self.device)
-        return Batch(raw, x, y, x.get("attention_mask") if isinstance(x, Mapping) else None)
+        return Batch(raw, x, y, x.get("attention_mask") if isinstance(x, Mapping) else None, _ids(raw, x, self.device))
 
     def see(self, batch:Batch)->tuple[Seen, Seen|None]: # what student and teacher showed
         "Both models on one batch."
@@ -130,7 +136,7 @@ class Trainer(Models):
         super().close()
         self.bar.close()
 
-# %% ../nbs/api/04_loop.ipynb #d2740cea
+# %% ../nbs/api/04_loop.ipynb #e2802b49
 def step(
     trainer:Trainer,
     batches:list[Batch], # the parts of this step that are this process's
@@ -144,7 +150,8 @@ def step(
             ours, theirs = trainer.see(batch)
             if i == 0 and (len(batches) > 1 or ways.team.size > 1):
                 shares, n = parts_of(run.objective, ours, batches, ways.team, ways.gather)
-            loss, terms = weigh(run.objective, ours, theirs, batch.y, batch.mask, shares[i], ways.team if ways.gather else None)
+            team = ways.team if ways.gather else None
+            loss, terms = weigh(run.objective, ours, theirs, batch.y, batch.mask, shares[i], team, batch.ids)
         values.append(float(loss.detach()))
         if not math.isfinite(values[-1]): raise FloatingPointError(_not_finite(values[-1], where, ours, theirs, terms))
         trainer.scaler.scale(loss).backward()
@@ -246,7 +253,7 @@ class _Sums:
         every = team.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         return every[0] / self.samples, {name: value / self._terms[name][1] for name, value in zip(names, every[1:])}
 
-# %% ../nbs/api/04_loop.ipynb #0c28071b
+# %% ../nbs/api/04_loop.ipynb #2abd5c67
 @torch.no_grad()
 def evaluate(trainer:Trainer)->tuple[dict, dict]: # measures, and the arrays behind them
     "Loss, accuracy and agreement with the teacher on the valid set."
@@ -258,7 +265,7 @@ def evaluate(trainer:Trainer)->tuple[dict, dict]: # measures, and the arrays beh
         with trainer.autocast():
             ours, theirs = trainer.see(batch)
             if batch.y is not None or theirs is not None or alone:
-                losses.append((weigh(run.objective, ours, theirs, batch.y, batch.mask)[0], count(batch.x)))
+                losses.append((weigh(run.objective, ours, theirs, batch.y, batch.mask, ids=batch.ids)[0], count(batch.x)))
         said.append(_Said(_top(ours), None if theirs is None else _top(theirs), batch.y, batch.mask))
         kept.add(student=ours.logits, teacher=None if theirs is None else theirs.logits, labels=batch.y, inputs=batch.x)
     if not said: raise ValueError("valid has no batches; leave it out if there is nothing to validate on")

@@ -154,14 +154,14 @@ def scheduled(objective:Objective)->dict[str, float]:
         for name, value in numbers_that_move(term.loss): found[f"{term.name} {name}"] = float(value)
     return found
 
-# %% ../nbs/api/04_terms.ipynb #e25d2a16
+# %% ../nbs/api/04_terms.ipynb #c7bca5e2
 def has_unlabelled(y:Tensor|None)->bool:
     "Is there a sample without a label?"
     return y is None or y.dim() == 1 and bool((y == -100).any())
 
 def _labelled(unit:Loss, student, teacher, y, unlabelled:bool, options:dict)->Tensor|None:
     "Terms that see the same tensors; None where all of them need labels and there are none."
-    if not unlabelled: return unit(student, teacher, y, **options)
+    if not unlabelled or unit.takes_ids: return unit(student, teacher, y, **options)
     kind = lambda loss: "hard" if loss.role == "hard" else "labelled" if loss.needs_labels else "soft"
     active = [(w, loss) for w, loss in unit.terms() if w != 0]
     soft, labelled, hard = ([(w, loss) for w, loss in active if kind(loss) == k] for k in ("soft", "labelled", "hard"))
@@ -176,24 +176,28 @@ def couples(loss:Loss)->bool:
 
 def _counts_tokens(loss:Loss, student, mask)->bool:
     "Is the mask over tokens one for this loss?"
-    return (mask is not None and loss.masks_tokens and isinstance(student, Tensor) and student.dim() == 3
-            and student.shape[:2] == mask.shape)
+    return mask is not None and loss.masks_tokens and loss.token_shape(student) == tuple(mask.shape)
 
-def _of_all(student, teacher, y, mask, team:Team)->list:
+def _of_all(student, teacher, y, mask, ids, team:Team)->list:
     "What a loss compares, with the samples of all processes; some may have no labels where others have."
     if team.any(y is not None) and y is None:
         first = student if isinstance(student, Tensor) else student[0]
         y = torch.full((len(first),), -100, device=first.device)
-    return [gather(x, team) for x in (student, teacher, y, mask)]
+    return [gather(x, team) for x in (student, teacher, y, mask, ids)]
 
-# %% ../nbs/api/04_terms.ipynb #07c58207
-def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, mask, team:Team|None)->Tensor|None:
+# %% ../nbs/api/04_terms.ipynb #2646ed15
+def _known(y:Tensor|None)->Tensor|None:
+    "Labels if they are one whole number a sample."
+    return y if y is not None and y.dim() == 1 and not y.is_floating_point() else None
+
+def _worth(unit:Loss, loss:Loss, ours:Seen, theirs:Seen|None, y, mask, ids, team:Team|None)->Tensor|None:
     "The value of a unit, whose terms look where `loss` looks; with the samples of a whole team, if it compares samples."
     at = loss.bound or (None, None)
     student, alone = ours.at(at[0]), loss.bound is not None and at[1] is None
     teacher = None if theirs is None or alone else theirs.at(at[1])
-    if team is not None and couples(loss): student, teacher, y, mask = _of_all(student, teacher, y, mask, team)
+    if team is not None and couples(loss): student, teacher, y, mask, ids = _of_all(student, teacher, y, mask, ids, team)
     options = {"mask": mask.bool()} if _counts_tokens(loss, student, mask) else {}
+    if loss.takes_ids: y, options["ids"] = _known(y), ids
     try: return _labelled(unit, student, teacher, y, has_unlabelled(y), options)
     except (TypeError, ValueError) as e:
         if loss.bound is None: raise
@@ -209,7 +213,7 @@ def _units(objective:Objective, shares:dict|None)->list[tuple[Loss, list[Term]]]
     together = objective if len(rows) == len(active) else Objective([(t.weight, t.loss) for t in rows])
     return [(together, rows), *((t.loss, [t]) for t in active if t not in rows)]
 
-# %% ../nbs/api/04_terms.ipynb #9cf01e43
+# %% ../nbs/api/04_terms.ipynb #4b54d819
 def weigh(
     objective:Objective, # complete: see `kd.build`
     ours:Seen, # what the student showed
@@ -218,11 +222,12 @@ def weigh(
     mask:Tensor|None=None, # (B, N), the tokens that count
     shares:dict|None=None, # of a part of a batch: what its mean counts in each term, by name; see `parts_of`
     team:Team|None=None, # losses that compare samples get those of all its processes
+    ids:Tensor|None=None, # (B,) whole numbers that tell the samples of the data set apart
 )->tuple[Tensor, dict[str, Tensor]]: # the loss, and the value of each of its terms: unweighted, detached
     "The objective on one batch, and what each term is worth. A term that needs labels and finds none is left out."
     total, worth, units = [], {}, _units(objective, shares)
     if not units: return objective(ours.logits, None if theirs is None else theirs.logits, y), {}
-    batch, share = (ours, theirs, y, mask, team), lambda term: 1. if shares is None else shares.get(term.name, 0.)
+    batch, share = (ours, theirs, y, mask, ids, team), lambda term: 1. if shares is None else shares.get(term.name, 0.)
     for unit, terms in units:
         value = _worth(unit, terms[0].loss, *batch)
         if value is None: continue
@@ -238,13 +243,14 @@ def weigh(
     if not total: raise ValueError("a batch has samples without labels, and the objective has no soft term: add kd.SoftKL()")
     return sum(total[1:], total[0]), worth
 
-# %% ../nbs/api/04_terms.ipynb #a9ac06ef
+# %% ../nbs/api/04_terms.ipynb #6f881be6
 class Batch(NamedTuple):
     "A batch of a loader, on the device."
     raw: object # as the loader gave it
     x: object # inputs
     y: Tensor|None # labels
     mask: Tensor|None # (B, N), the tokens that count
+    ids: Tensor|None = None # (B,) whole numbers that tell samples apart
 
 def _places(logits, dim:int)->float:
     "Rows in a sample."

@@ -648,9 +648,39 @@ def test_padding_does_not_count_in_losses_on_tokens():
         x, mask = torch.randn(8, 5, 6, generator=gen), (torch.arange(5) < torch.tensor([[5], [3]] * 4)).long()
         return [{"x": {"x": torch.where(mask[..., None] > 0, x, padding), "attention_mask": mask}, "y": torch.arange(8) % 3}]
 
-    losses = [kd.SoftKL(), kd.Hint().on("body"), kd.Cosine().on("body"), kd.RKD().on("head")]
+    losses = [kd.SoftKL(), kd.Hint().on("body"), kd.Cosine().on("body"), kd.RKD().on("head"), kd.TokenRelation().on("body")]
     prints = [fingerprint(kd.distill(Tokens(0), Tokens(1), batch(p), losses=losses, epochs=3, progress=False).student) for p in (torch.tensor(0.), torch.tensor(9.))]
     assert prints[0] == prints[1]
+
+
+def test_padding_does_not_count_in_losses_on_attention():
+    class Attends(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.q, self.k, self.attention, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Identity(), nn.Linear(6, 3)
+
+        def forward(self, x, attention_mask):
+            heads = lambda z: z.view(*z.shape[:2], 2, 4).transpose(1, 2)
+            scores = self.attention(heads(self.q(x)) @ heads(self.k(x)).transpose(2, 3))
+            weights = scores.masked_fill(attention_mask[:, None, None] == 0, -torch.inf).softmax(-1).mean(1)
+            return self.head((attention_mask[..., None] * (weights @ x)).sum(1))
+
+    def batch(padding):
+        gen = torch.Generator().manual_seed(0)
+        x, mask = torch.randn(8, 5, 6, generator=gen), (torch.arange(5) < torch.tensor([[5], [3]] * 4)).long()
+        return [{"x": {"x": torch.where(mask[..., None] > 0, x, padding), "attention_mask": mask}, "y": torch.arange(8) % 3}]
+
+    losses = [kd.CrossEntropy(), kd.AttentionMap(scores=True).on("attention")]
+    fit = lambda p: kd.distill(Attends(0), Attends(1), batch(torch.tensor(p)), losses=losses, epochs=3, progress=False)
+    runs = [fit(0.), fit(9.)]
+    assert fingerprint(runs[0].student) == fingerprint(runs[1].student)
+    mask, seen = batch(torch.tensor(0.))[0]["x"]["attention_mask"].bool(), []
+    for model in (Attends(0), Attends(1)):
+        with kd.Taps(model, "attention") as taps: model(**batch(torch.tensor(0.))[0]["x"]); seen.append(taps["attention"])
+    want = kd.AttentionMap(scores=True)(*seen, mask=mask).item()
+    assert runs[0].history[0]["terms"]["AttentionMap attention"] == pytest.approx(want, rel=1e-5)
+    assert abs(kd.AttentionMap(scores=True)(*seen).item() - want) > 1e-3 * want
 
 
 # bad input

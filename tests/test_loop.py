@@ -115,6 +115,11 @@ def test_losses_that_compare_samples_say_that_they_see_a_part():
     run = distill(net(), net(9, 8), 6, losses=kd.SoftKL() + kd.RKD().on("0") + kd.DIST(), accumulate=4)
     assert any("RKD, DIST compare only the samples of one part of a batch with each other (accumulate=4)" in note for note in run.notes)
     assert not distill(net(), net(9, 8), losses=kd.SoftKL() + kd.RKD().on("0")).notes
+    losses = kd.ConfidenceWeighted(kd.SoftKL(), normalize=True) + kd.DifficultyWeighted(kd.SoftKL()) + 0.1 * kd.CRD(size=48, width=4).on("1")
+    note, = distill(net(), net(9, 8), 6, losses=losses, accumulate=4).notes
+    assert note.startswith("ConfidenceWeighted, CRD compare only the samples of one part of a batch")
+    note, = distill(net(), net(9, 8), 6, losses=kd.SoftKL() + kd.SimKD().on("1"), accumulate=4).notes
+    assert note.startswith("batch norm sees one part of a batch")
     normed = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     assert any("batch norm sees one part" in note for note in distill(normed, net(9, 8), 6, accumulate=4).notes)
 

@@ -38,6 +38,10 @@ def scenario(name, processes, out=None):
     if name == "relations":
         losses += [5 * kd.RKD().on("0"), kd.DIST(), kd.CKA().on("1")]
         options = {"gather": processes > 1}
+    if name == "memory":
+        losses += [0.1 * kd.CRD(size=60, width=4).on("1"), kd.ConfidenceWeighted(kd.ForwardKL(), normalize=True)]
+        options = {"gather": processes > 1}
+        train = [{"x": x, "y": y, "id": 100 + torch.arange(len(x)) + 10 * i} for i, (x, y) in enumerate(DataLoader(data(), 10))]
     if name == "accumulated": options = {"accumulate": 2, "clip": 0.3}
     if name == "schedules": losses = [(lambda t: t) * kd.CrossEntropy(), kd.SoftKL(T=lambda t: 4 - 2 * t)]
     if name == "stream": train = DataLoader(Stream(), 10)
@@ -52,7 +56,7 @@ def scenario(name, processes, out=None):
 def single(): return TensorDataset(data().tensors[0].float(), data().tensors[1])
 
 
-NAMES = ["rows", "features", "relations", "accumulated", "schedules", "stream", "batches", "workers", "half"]
+NAMES = ["rows", "features", "relations", "memory", "accumulated", "schedules", "stream", "batches", "workers", "half"]
 
 SCRIPT = """
 import json, os, sys

@@ -22,6 +22,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 2e-2}
 INF, NAN = math.inf, math.nan
 HEAD = nn.Linear(5, 3)
+PARAPHRASER = kd.Paraphraser((1, 5, 4, 6), rate=0.4)
 MAPS = (6, 3, 4, 6), (6, 5, 4, 6)
 LEVELS = [(6, 3, 4, 6), (6, 4, 2, 3)], [(6, 5, 8, 6), (6, 6, 2, 2)]
 
@@ -43,6 +44,8 @@ CASES = {
     "SimKD": (kd.SimKD, (6, 3, 4, 6), (6, 5, 2, 8)), "SimKD vectors": (kd.SimKD, (6, 3), (6, 5)),
     "SRRL": (functools.partial(kd.SRRL, HEAD), *MAPS), "SRRL vectors": (functools.partial(kd.SRRL, HEAD, by="softmax", beta=2), (6, 3), (6, 5)),
     "ReviewKD": (kd.ReviewKD, *LEVELS), "SemCKD": (kd.SemCKD, LEVELS[0], [*LEVELS[1], (6, 2, 4, 4)]),
+    "LearntFactors": (kd.LearntFactors, (6, 3, 4, 6), (6, 5, 2, 8)),
+    "LearntFactors ready": (functools.partial(kd.LearntFactors, paraphraser=PARAPHRASER), *MAPS),
     "CRD": (functools.partial(kd.CRD, size=20, width=4, tau=0.5), *MAPS), "CRD drawn": (functools.partial(kd.CRD, size=20, width=4, others=7), (6, 3), (6, 5)),
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -84,6 +87,7 @@ FORMULAS = {
     "srrl": ("vectors", "equal", lambda s, t: reference.srrl(s, t, (s @ given("head"), t @ given("head")), 2.0)),
     "srrl softmax": ("vectors", "equal", lambda s, t: reference.srrl(s, t, (s @ given("head"), t @ given("head")), 2.0, "softmax")),
     "semckd": ("apart", "key", lambda s, t: reference.semckd(s, *(x / x.norm(dim=-1, keepdim=True) for x in (given("query"), t)))),
+    "factors": ("student", "teacher", lambda s, t: reference.factors(s, t)[torch.tensor(GOLD["inputs"]["mask"])]),
     "contrast": ("pair", "others", lambda s, t: reference.contrast(s, t, given("log_mean"))),
 }
 
@@ -212,6 +216,44 @@ def test_mgd_erases_anew_and_the_generator_restores():
         assert loss(s, t) != got and 0.4 < kept.mean() < 0.8
 
 
+def test_factors_are_compared_whole_and_a_new_paraphraser_learns_from_reconstruction_alone():
+    s, t = pair("LearntFactors")
+    loss = made("LearntFactors")
+    own, length = loss.layers["paraphraser"], lambda x: F.normalize(x.flatten(1), dim=1)
+    f_s, f_t = loss.layers["translator"](s), own(t)
+    assert f_s.shape == (6, 2, 4, 6) and f_t.shape == (6, 2, 2, 8) and own.restore(t).shape == t.shape
+    small = F.adaptive_avg_pool2d(f_s, (2, 6)), F.adaptive_avg_pool2d(f_t, (2, 6))
+    apart, lost = F.l1_loss(*map(length, small)), F.l1_loss(own.decode(f_t), t)
+    torch.testing.assert_close(loss(s, t), apart + lost)
+    want = torch.autograd.grad(lost, [*own.parameters()])
+    loss(s, t).backward()
+    for p, g in zip(own.parameters(), want): torch.testing.assert_close(p.grad, g)
+
+
+def test_a_paraphraser_is_trained_by_reconstruction_and_frozen_in_the_loss():
+    teacher, x = net(4, 1), torch.randn(16, 1, 8, 8)
+    before, drawn = copy.deepcopy(teacher.state_dict()), torch.random.get_rng_state()
+    known = kd.paraphraser(teacher, "1", [(x, torch.zeros(16).long())], rate=0.25, epochs=60, lr=1e-2)
+    assert torch.equal(drawn, torch.random.get_rng_state()) and teacher.training
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    t = teacher[:2](x).detach()
+    error = lambda p: F.l1_loss(p.restore(t), t).item()
+    assert error(known) < 0.6 * error(kd.Paraphraser(t, rate=0.25)) and not known.training
+    same = kd.paraphraser(teacher, "1", [x], rate=0.25, epochs=60, lr=1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(known.parameters(), same.parameters()))
+    loss = kd.LearntFactors(paraphraser=known).on("1")
+    frozen = copy.deepcopy(known.state_dict())
+    run = kd.distill(net(3, 0), teacher, [(x, torch.zeros(16).long())], epochs=2, losses=[kd.CrossEntropy(), 5 * loss], progress=False)
+    made = run.objective.losses[1]
+    assert all(torch.equal(v, frozen[k]) for k, v in made.paraphraser.state_dict().items())
+    assert {n.split(".")[1] for n, _ in made.named_parameters()} == {"translator"} and "frozen" in repr(made.paraphraser)
+    assert made(teacher[:2](x)[:, :6], teacher[:2](x)).item() == pytest.approx(
+        reference.factors(made.layers["translator"](teacher[:2](x)[:, :6]), known(teacher[:2](x))).mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="train has no batches"): kd.paraphraser(teacher, "1", [])
+    with pytest.raises(ValueError, match=r"takes maps \(B, C, H, W\), got \(16, 3\)"): kd.paraphraser(teacher, "4", [x])
+    with pytest.raises(ValueError, match="epochs must be"): kd.paraphraser(teacher, "1", [x], epochs=0)
+
+
 def contrast_by_hand(loss, s, t, ids, labels=None):
     "CRD, pair by pair."
     bank, unit = loss.layers["bank"], lambda x: x / x.norm(dim=-1, keepdim=True)
@@ -231,25 +273,64 @@ def contrast_by_hand(loss, s, t, ids, labels=None):
 def test_crd_and_its_bank():
     s, t = pair("CRD")
     loss = made("CRD")
-    bank, ids = loss.layers["bank"], torch.tensor([3, 0, 19, 7, 8, 2])
-    want = contrast_by_hand(loss, s, t, ids).detach()
+    bank, ids, places = loss.layers["bank"], torch.tensor([3, 0, 19, 700, 8, 2]), torch.arange(6)
+    want = contrast_by_hand(loss, s, t, places).detach()
     before = bank.student.clone()
     torch.testing.assert_close(loss(s, t, ids=ids), want)
     g = F.normalize(loss.layers["student"](s.flatten(1)), dim=1)
-    torch.testing.assert_close(bank.student[ids], F.normalize(0.5 * before[ids] + 0.5 * g, dim=1))
-    rest = [i for i in range(20) if i not in ids]
-    assert torch.equal(bank.student[rest], before[rest]) and not bank.log_mean.isnan().any() and bank.next == 0
-    labels = torch.tensor([0, 1, 1, -100, 2, 0])
+    torch.testing.assert_close(bank.student[:6], g)  # nothing of the noise that stood there is left
+    assert torch.equal(bank.student[6:], before[6:]) and not bank.log_mean.isnan().any() and bank.next == 6
+    assert bank.ids[:6].tolist() == ids.tolist() and bank.ids[6:].eq(-1).all()
+    labels, turned = torch.tensor([0, 1, 1, -100, 2, 0]), torch.tensor([5, 4, 3, 2, 1, 0])
     constant = bank.log_mean.clone()
-    want = contrast_by_hand(loss, s, t, ids).detach()
-    torch.testing.assert_close(loss(s, t, labels, ids=ids), want)  # no label was known yet
-    assert bank.labels[ids].tolist() == labels.tolist()
-    want = contrast_by_hand(loss, s, t, ids, labels).detach()
-    torch.testing.assert_close(loss(s, t, labels, ids=ids), want)
+    want = contrast_by_hand(loss, s, t, places.flip(0)).detach()
+    torch.testing.assert_close(loss(s, t, labels, ids=ids.flip(0)), want)  # no label was known yet
+    torch.testing.assert_close(bank.student[turned], F.normalize(0.5 * g[turned] + 0.5 * g, dim=1))
+    assert bank.labels[turned].tolist() == labels.tolist() and bank.next == 6
+    want = contrast_by_hand(loss, s, t, turned, labels).detach()
+    torch.testing.assert_close(loss(s, t, labels, ids=ids.flip(0)), want)
     assert torch.equal(bank.log_mean, constant)
     mask = torch.tensor([True, False, True, True, False, True])
-    want = contrast_by_hand(loss, s[mask], t[mask], ids[mask], labels[mask]).detach()
-    torch.testing.assert_close(loss(s, t, labels, ids=ids, mask=mask), want)
+    want = contrast_by_hand(loss, s[mask], t[mask], turned[mask], labels[mask]).detach()
+    torch.testing.assert_close(loss(s, t, labels, ids=ids.flip(0), mask=mask), want)
+
+
+def test_a_bank_that_is_too_small_forgets_the_oldest():
+    s, t = pair("CRD")
+    loss = kd.CRD(s, t, size=8, width=4)
+    bank = loss.layers["bank"]
+    for i in range(0, 12, 3): loss(s[:3], t[:3], ids=torch.tensor([i, i + 1, i + 2]))
+    assert bank.ids.sort().values.tolist() == list(range(4, 12)) and bank.next == 4
+    loss(s, t, ids=torch.tensor([8, 20, 21, 4, 22, 23]))  # those of the batch stay, whether old or not
+    assert bank.ids.sort().values.tolist() == [4, 8, 10, 11, 20, 21, 22, 23]
+    saved = {k: v.clone() for k, v in loss.state_dict().items()}
+    assert loss.eval()(s, t, ids=torch.tensor([8, 99, 98, 4, 22, 23])).isfinite()  # samples of a valid set
+    assert all(torch.equal(v, saved[k]) for k, v in loss.state_dict().items())
+    tiny = kd.CRD(s, t, size=2, width=4)
+    assert tiny(s, t, ids=torch.arange(6)).isfinite() and set(tiny.layers["bank"].ids.tolist()) <= set(range(6))
+
+
+def test_a_run_gives_the_bank_the_ids_of_its_samples():
+    student, teacher = net(3, 0), net(5, 1)
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 1, 8, 8, generator=gen), torch.arange(20) % 3
+    rows = [{"x": x[i], "y": y[i]} | {"id": 7 * i} for i in range(20)]
+    loader = lambda part: torch.utils.data.DataLoader(part, 5, shuffle=True)
+    losses = lambda: kd.CrossEntropy() + 0.1 * kd.CRD(size=20, width=8).on("3")
+    run = kd.distill(student, teacher, loader(rows), loader(rows[:5]), epochs=3, losses=losses(), progress=False)
+    bank = run.objective.losses[1].layers["bank"]
+    assert bank.next == 0 and bank.ids.sort().values.tolist() == [7 * i for i in range(20)]
+    assert torch.equal(bank.labels, y[bank.ids // 7])
+    for train in (kd.cache.Numbered(torch.utils.data.TensorDataset(x, y)), kd.cache.Numbered(torch.utils.data.TensorDataset(x), first=50)):
+        run = kd.distill(net(3, 0), teacher, loader(train), epochs=2, losses=kd.SoftKL() + 0.1 * kd.CRD(size=30, width=8).on("3"), progress=False)
+        assert run.objective.losses[1].layers["bank"].next == 20
+    words = [{"x": x, "y": y.float()[:, None].expand(20, 3).softmax(1), "id": [f"sample {i}" for i in range(20)]}]  # mixed labels, ids in words
+    run = kd.distill(net(3, 0), teacher, words, epochs=2, losses=losses(), progress=False)
+    bank = run.objective.losses[1].layers["bank"]
+    assert bank.ids.eq(-1).all() and bank.labels.eq(-1).all() and bank.next == 0
+    y[::2] = -100
+    run = kd.distill(net(3, 0), teacher, [{"x": x, "y": y, "id": torch.arange(20)}], epochs=1, losses=kd.SoftKL() + kd.CRD(size=20, width=8).on("3"), progress=False)
+    assert run.objective.losses[1].layers["bank"].labels.tolist() == y.tolist()
 
 
 def test_the_bank_as_a_queue():
@@ -403,7 +484,7 @@ def net(width, seed):
 def test_they_wait_for_shapes_and_are_trained_by_a_run():
     student, teacher = net(3, 0), net(5, 1)
     x, y = torch.randn(12, 1, 8, 8), torch.arange(12) % 3
-    losses = (0.1 * kd.CrossEntropy() + kd.VID().on("0") + kd.MGD().on("0") + kd.SimKD().on("1") + kd.SRRL(teacher[4]).on("1")
+    losses = (0.1 * kd.CrossEntropy() + kd.VID().on("0") + kd.MGD().on("0") + kd.SimKD().on("1") + kd.SRRL(teacher[4]).on("1") + kd.LearntFactors().on("0")
               + kd.ReviewKD().on(["0", "1"]) + kd.SemCKD().on(student=["0", "1"], teacher=["1", "0"]) + 0.1 * kd.CRD(size=50, width=8).on("3"))
     waiting = [loss for _, loss in losses.terms() if not isinstance(loss, kd.CrossEntropy)]
     assert all(l.pending() and "waits for shapes" in repr(l) for l in waiting) and not [*losses.parameters()]
@@ -467,7 +548,13 @@ def test_mixed_precision_with_a_scaler():
     (lambda: made("VID maps")(pair("VID maps")[0][:3], pair("VID maps")[1]), ValueError, "vid needs the same samples"),
     (lambda: made("VID tokens")(features(6, 3, 3), features(6, 4, 5)), ValueError, "same tokens"),
     (lambda: made("MGD")(pair("MGD")[0], pair("MGD")[1][..., :3]), ValueError, r"adaptive_avg_pool2d\(x, \(4, 3\)\)"),
+    (lambda: made("MGD")(*pair("MGD")[::-1]), ValueError, r"networks of mgd were made for a student with \(6, 3, 4, 6\) and a teacher with \(6, 5, 4, 6\), got \(6, 5"),
+    (lambda: made("CRD")(pair("CRD")[0][..., :3], pair("CRD")[1]), ValueError, "networks of crd were made for"),
+    (lambda: made("ReviewKD")(pair("ReviewKD")[1], pair("ReviewKD")[1]), ValueError, "make another ReviewKD for these"),
+    (lambda: made("VID maps")(*pair("VID vectors")), ValueError, "networks of vid were made for"),
     (lambda: made("MGD")(*pair("MGD"), mask=torch.ones(6)), TypeError, "mask must be bool"),
+    (lambda: kd.LearntFactors(paraphraser=HEAD), TypeError, "must be a kd.Paraphraser"),
+    (lambda: kd.Paraphraser((2, 3, 4, 4), rate=0), ValueError, "rate must be > 0"),
     (lambda: kd.CRD(size=0), ValueError, "size must be a whole number"),
     (lambda: kd.CRD(momentum=1), ValueError, "momentum must be"),
     (lambda: kd.CRD(tau=0), ValueError, "tau must be > 0"),
@@ -480,7 +567,7 @@ def test_bad_arguments_are_named(make, error, words):
 
 
 def test_options_are_documented_alike():
-    for cls in (kd.VID, kd.MGD, kd.SimKD, kd.SRRL, kd.ReviewKD, kd.SemCKD, kd.CRD):
+    for cls in (kd.VID, kd.MGD, kd.SimKD, kd.SRRL, kd.LearntFactors, kd.ReviewKD, kd.SemCKD, kd.CRD):
         init = inspect.signature(cls.__init__).parameters
         assert init["reduction"].default == "mean" and init["detach_teacher"].default is True
         assert issubclass(cls, trained.TrainedLoss) and "arXiv" in cls.__doc__ or "openreview" in cls.__doc__

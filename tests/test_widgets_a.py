@@ -1,5 +1,6 @@
 """Matrix, board, split, triangle, covering or seeking without a browser: each trait to data, message and sentence."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -142,9 +143,8 @@ def test_dark_shows_twenty_of_a_thousand_classes():
     (lambda a: DarkKnowledge(a["teacher"], labels=a["y"] + 1), "labels must lie in 0..9"),
     (lambda a: DarkKnowledge(a["teacher"], class_names="ab"), "class_names must hold 10"),
 ])
-def test_dark_wrong_arguments_raise(arrays, call, message):
-    with pytest.raises(ValueError, match=message):
-        call(arrays)
+def test_dark_wrong_arguments_are_told(arrays, call, message):
+    assert re.search(message, call(arrays).panel.error)
 
 
 def test_dark_tells_what_is_wrong_in_the_widget(arrays):
@@ -240,10 +240,8 @@ def test_split_takes_what_comes(arrays):
     assert "choose another example" in view.panel.error
     view.assign(example=0, confidence=1.0)
     assert "confidence must lie in (0, 1)" in view.panel.error
-    with pytest.raises(ValueError, match="must have one shape"):
-        DKDSplit(arrays["teacher"], arrays["student"][:5])
-    with pytest.raises(ValueError, match="at least two classes"):
-        DKDSplit([[1.0]], [[1.0]])
+    assert re.search("must have one shape", DKDSplit(arrays["teacher"], arrays["student"][:5]).panel.error)
+    assert re.search("at least two classes", DKDSplit([[1.0]], [[1.0]]).panel.error)
 
 
 @pytest.fixture
@@ -316,8 +314,8 @@ def test_board_takes_what_comes(arrays):
     assert "choose another example" in view.panel.error
     view.assign(example=0, alpha=1.5)
     assert view.panel.error == "alpha must lie in 0..1, got 1.5"
-    with pytest.raises(ValueError, match=r"of shape \(seeds, 7 alphas, 5 temperatures\); got \(2, 3\)"):
-        AlphaT(arrays["teacher"], arrays["student"], scores=np.ones((2, 3)))
+    wrong = AlphaT(arrays["teacher"], arrays["student"], scores=np.ones((2, 3)))
+    assert "of shape (seeds, 7, 5): accuracy in percent for each alpha and temperature; got float64 (2, 3)" in wrong.panel.error
 
 
 @pytest.fixture
@@ -399,10 +397,8 @@ def test_cover_tells_what_is_wrong(cover):
     view = CoveringOrSeeking([[0.0, 1.0, 2.0], [0.0, np.nan, 2.0]])
     view.example = 1
     assert "choose another example" in view.panel.error
-    with pytest.raises(ValueError, match="at least two classes"):
-        CoveringOrSeeking([[1.0]])
-    with pytest.raises(ValueError, match="class_names must hold 3"):
-        CoveringOrSeeking([[0.0, 1.0, 2.0]], class_names="ab")
+    assert re.search("at least two classes", CoveringOrSeeking([[1.0]]).panel.error)
+    assert re.search("class_names must hold 3", CoveringOrSeeking([[0.0, 1.0, 2.0]], class_names="ab").panel.error)
 
 
 @pytest.fixture
@@ -500,9 +496,6 @@ def test_simplex_tells_what_is_wrong(simplex, arrays):
     assert view.panel.error == ""
     view.example = 3
     assert "choose another example" in view.panel.error
-    with pytest.raises(ValueError, match="at least three classes"):
-        Simplex([[1.0, 2.0]], [[1.0, 2.0]])
-    with pytest.raises(ValueError, match="must have one shape"):
-        Simplex(arrays["teacher"], arrays["student"][:5])
-    with pytest.raises(ValueError, match="class_names must hold 3"):
-        Simplex(class_names="ab")
+    assert re.search("at least three classes", Simplex([[1.0, 2.0]], [[1.0, 2.0]]).panel.error)
+    assert re.search("must have one shape", Simplex(arrays["teacher"], arrays["student"][:5]).panel.error)
+    assert re.search("class_names must hold 3", Simplex(class_names="ab").panel.error)

@@ -1,6 +1,7 @@
 """Reliability, layer match, bug clinic and distillery without a browser: data, messages, state, text, code, errors."""
 import asyncio
 import json
+import re
 
 import numpy as np
 import pytest
@@ -128,8 +129,7 @@ def test_reliability_of_own_models():
     (lambda: Reliability(np.zeros((8, 3)), np.zeros(8, int), images=np.zeros((3, 8, 8))), r"shape \(8, height"),
 ])
 def test_reliability_says_what_to_give(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+    assert re.search(message, call().panel.error)
 
 
 def test_too_few_examples_are_told_in_the_widget():
@@ -193,8 +193,7 @@ def test_clicks_choose_pair_and_example(made):
     (lambda t, s: LayerMatch(t, s, images=np.zeros((2, 8, 8))), r"images must have shape \(20"),
 ])
 def test_layer_match_says_what_to_give(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(*features())
+    assert re.search(message, call(*features()).panel.error)
 
 
 def test_layer_match_with_a_thousand_classes():
@@ -294,8 +293,7 @@ def test_a_clinic_of_own_runs():
     ((np.zeros((2, 4, 5)), None, [1]), "steps must hold 4 numbers"),
 ])
 def test_the_clinic_says_what_to_give(args, message):
-    with pytest.raises(ValueError, match=message):
-        BugClinic(*args)
+    assert re.search(message, BugClinic(*args).panel.error)
 
 
 # distillery
@@ -369,8 +367,7 @@ def test_a_distillery_of_own_points():
     assert np.isclose(space["distilled"], view.fig.data[9].y[-1]) and view.fig.data[-1].name == "high"
     view.seed = 3
     assert view.panel.error == ""
-    with pytest.raises(ValueError, match="class_names must hold 2 names"):
-        Distillery(x, y, class_names=["one"])
+    assert re.search("class_names must hold 2 names", Distillery(x, y, class_names=["one"]).panel.error)
 
 
 def test_the_stored_runs_have_what_the_views_show():

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['T_GRID', 'soft_gradient', 'hard_gradient', 'balance_numbers', 'balance_figure', 'balance_sentence']
 
-# %% ../../nbs/api/figures/05_balance.ipynb #26cfb2b8
+# %% ../../nbs/api/figures/05_balance.ipynb #61e163f2
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, class_axis, layout, series, softmax
+from .kit import HATCH, INK, class_axis, layout, series, softmax, top_classes
 
 # %% ../../nbs/api/figures/05_balance.ipynb #e9e5982d
 T_GRID = np.geomspace(1, 20, 25)
@@ -67,9 +67,9 @@ def _curves(now, T, t_squared):
     return out + [dict(type="scatter", mode="markers", x=[T], y=[now["soft"]], hoverinfo="skip", showlegend=False,
                        cliponaxis=False, marker=dict(color=color, size=15, line=dict(color="white", width=2)))]
 
-# %% ../../nbs/api/figures/05_balance.ipynb #ee71df22
+# %% ../../nbs/api/figures/05_balance.ipynb #38ea51b4
 def _pushes(hard, soft):
-    "How each logit of one example is pushed: minus the gradient, soft beside hard."
+    "How each of the shown logits of one example is pushed: minus the gradient, soft beside hard."
     place = np.arange(len(hard))
     bars = []
     for name, push, shift, i in (("soft", -soft, -0.2, 0), ("hard", -hard, 0.2, 2)):
@@ -88,14 +88,14 @@ def _share(now):
                  textangle=0, textfont=dict(size=15, color="white"), hovertemplate=f"{name} %{{x:.1f}}%<extra></extra>",
                  marker=dict(color=series(i)["color"])) for name, value, i, shape in parts]
 
-# %% ../../nbs/api/figures/05_balance.ipynb #e35ca49d
+# %% ../../nbs/api/figures/05_balance.ipynb #791969b2
 def _axes(names, reach):
     return dict(
         xaxis=dict(domain=[0, 0.42], type="log", range=[-0.02, np.log10(21)], title_text="temperature T",
                    tickvals=[1, 2, 4, 8, 16], ticktext="1 2 4 8 16".split()),
         yaxis=dict(domain=[0, 1], type="log", range=[-3, 1.3], title_text="mean gradient norm",
                    tickvals=[1e-3, 1e-2, 1e-1, 1, 10], ticktext="0.001 0.01 0.1 1 10".split()),
-        xaxis2=dict(domain=[0.54, 1], anchor="y2", range=[-0.6, len(names) - 0.4], **class_axis(names)),
+        xaxis2=dict(domain=[0.54, 1], anchor="y2", range=[-0.6, len(names) - 0.4], **class_axis(names, 0.46)),
         yaxis2=dict(domain=[0.42, 1], anchor="x2", range=[-reach, reach], title_text="push on the logit", nticks=5,
                     zeroline=True, zerolinecolor=INK, zerolinewidth=1.5),
         xaxis3=dict(domain=[0.54, 1], anchor="y3", range=[0, 100], title_text="share of the gradient, %"),
@@ -121,7 +121,9 @@ def balance_figure(
     reach = 1.1 * max(np.abs(hard).max(), widest, np.abs(soft).max(), 0.1)
     titles = {"Length of the gradient": (0, 1.02), f"Example {example}: pushes (hatched: hard)": (0.54, 1.02),
               "Share of each loss": (0.54, 0.145)}
-    traces = [*_curves(now, T, t_squared), *_pushes(hard, soft), *_share(now)]
+    shown = top_classes(np.abs(hard) + np.abs(soft_gradient(student[example], teacher[example], 4.0)), [labels[example]])
+    names = [names[k] for k in shown]
+    traces = [*_curves(now, T, t_squared), *_pushes(hard[shown], soft[shown]), *_share(now)]
     legend = dict(x=0.02, y=0.03, yanchor="bottom", font_size=14)
     return go.Figure(traces, layout(460, titles, barmode="stack", legend=legend, showlegend=True,
                                     **_axes(names, reach)))

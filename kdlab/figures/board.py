@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['board_numbers', 'check_map', 'nearest', 'board_figure', 'board_sentence']
 
-# %% ../../nbs/api/figures/11_board.ipynb #8ad7dd94
+# %% ../../nbs/api/figures/11_board.ipynb #766bc340
 import numpy as np
 import plotly.graph_objects as go
 
 from .balance import hard_gradient, soft_gradient
-from .kit import (HATCH, INK, are_long, check_index, class_axis, interval, layout, log_softmax, ranking, seed_band,
-                               series)
+from .kit import (HATCH, INK, are_long, check_index, check_scores, class_axis, interval, layout,
+                               log_softmax, seed_band, series, shorten, top_classes)
 
 # %% ../../nbs/api/figures/11_board.ipynb #ed754e84
 def _percent(part, other): return 100 * part / (part + other) if part + other > 0 else 0.0
@@ -41,18 +41,14 @@ def board_numbers(
                 reach=max(np.abs(v).max() for v in pushes), loss_share=_percent((1 - alpha) * soft, alpha * hard),
                 push_share=_percent((1 - alpha) * size[1], alpha * size[0]))
 
-# %% ../../nbs/api/figures/11_board.ipynb #7a05b290
+# %% ../../nbs/api/figures/11_board.ipynb #6bdcca80
 def check_map(
     scores,  # (S, A, K) accuracy in percent of S seeds
     alphas,  # (A,) ascending
     temperatures,  # (K,) ascending
 ) -> np.ndarray:
     "The scores as float64 (S, A, K), or a `ValueError` that says what to give."
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 3 or scores.shape[1:] != (len(alphas), len(temperatures)) or not np.isfinite(scores).all():
-        raise ValueError(f"scores must be finite, of shape (seeds, {len(alphas)} alphas, {len(temperatures)} "
-                         f"temperatures); got {scores.shape}")
-    return scores
+    return check_scores(scores, (len(alphas), len(temperatures)), "accuracy in percent for each alpha and temperature")
 
 
 def nearest(
@@ -106,12 +102,12 @@ def _slices(scores, a, temperatures):
     on = dict(xaxis="x4", yaxis="y4", showlegend=False)
     return [*seed_band(x, scores[:, -1], "largest alpha", 2, **on), *seed_band(x, scores[:, a], "this alpha", 0, **on)]
 
-# %% ../../nbs/api/figures/11_board.ipynb #0d938570
+# %% ../../nbs/api/figures/11_board.ipynb #b2d406e3
 def _left(names, reach, right):
     return dict(
         xaxis=dict(domain=[0.03, right], anchor="y", range=[0, 100], title_text="share, %"),
         yaxis=dict(domain=[0.74, 1], range=[1.5, -0.5], tickvals=[0, 1], ticktext=["loss", "push"], showgrid=False),
-        xaxis2=dict(domain=[0.03, right], anchor="y2", range=[-0.6, len(names) - 0.4], **class_axis(names)),
+        xaxis2=dict(domain=[0.03, right], anchor="y2", range=[-0.6, len(names) - 0.4], **class_axis(names, right)),
         yaxis2=dict(domain=[0, 0.5], anchor="x2", range=[-reach, reach], title_text="push on the logit", nticks=5,
                     zeroline=True, zerolinecolor=INK, zerolinewidth=1.5))
 
@@ -128,7 +124,7 @@ def _right(scores, alphas, temperatures):
         xaxis4=dict(domain=[0.54, 1], anchor="y4", title_text="temperature T", **ticks),
         yaxis4=dict(domain=[0, 0.28], anchor="x4", range=[low - gap, high + gap], title_text="accuracy, %", nticks=5))
 
-# %% ../../nbs/api/figures/11_board.ipynb #5f657d5c
+# %% ../../nbs/api/figures/11_board.ipynb #68e6327c
 def board_figure(
     now:dict,  # from `board_numbers`
     label:int,
@@ -142,9 +138,9 @@ def board_figure(
     check_index(label, c, "label")
     names = [str(k) for k in range(c)] if class_names is None else list(class_names)
     size = np.abs(now["push_hard"]) + np.abs(now["push_soft"])
-    shown = list(range(c)) if c <= 20 else sorted({label, *ranking(size)[:12].tolist()})
+    shown = top_classes(size, [label])
     reach = 1.15 * max(now["reach"], 0.05)  # the same for every alpha
-    titles = {"Which signal?": (0.03, 1.02), f"Push on each logit (label {names[label]})": (0.03, 0.52)}
+    titles = {"Which signal?": (0.03, 1.02), f"Push on each logit (label {shorten(names[label])})": (0.03, 0.52)}
     traces = [*_stacks(now), *_pushes(now, shown)]
     parts = _left([names[k] for k in shown], reach, 1 if scores is None else 0.44)
     if scores is not None:

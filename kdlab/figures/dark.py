@@ -6,11 +6,12 @@
 __all__ = ['COLUMNS', 'SHOWN', 'dark_matrix', 'likeness', 'shown_classes', 'class_tree', 'branches', 'check_cell', 'behind',
            'dark_order', 'dark_figure', 'dark_sentence']
 
-# %% ../../nbs/api/figures/10_dark.ipynb #550ab32e
+# %% ../../nbs/api/figures/10_dark.ipynb #7e9adfc1
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, are_long, check_index, check_labels, check_logits, grey_image, layout, series, softmax
+from .kit import (INK, are_long, check_index, check_labels, check_logits, class_axis, grey_image, layout,
+                               series, shorten, softmax)
 
 # %% ../../nbs/api/figures/10_dark.ipynb #c18a6826
 def dark_matrix(
@@ -134,15 +135,14 @@ def _wall(now, rows, col, images, ids):
                 y=[k // COLUMNS * high + h - 0.3 for k in range(len(rows))])
     return [grey_image(wall, 0, 1, xaxis="x3", yaxis="y3"), said]
 
-# %% ../../nbs/api/figures/10_dark.ipynb #6145bb2b
+# %% ../../nbs/api/figures/10_dark.ipynb #0229539a
 def _axes(order, names, wall, floor):
-    short = [n if len(n) < 12 else n[:10] + "…" for n in (names[k] for k in order)]
-    ticks = dict(range=[-0.5, len(order) - 0.5], tickvals=list(range(len(order))), ticktext=short, showgrid=False)
+    across = class_axis([names[k] for k in order], 0.47)
+    ticks = dict(range=[-0.5, len(order) - 0.5], tickvals=across["tickvals"], ticktext=across["ticktext"], showgrid=False)
     hidden = dict(showgrid=False, showline=False, ticks="", showticklabels=False)
-    turn = dict(tickangle=-40 if are_long(names) else 0)
     h, w = wall
     return dict(
-        xaxis=dict(domain=[0, 0.47], title_text="" if are_long(names) else "gets probability", **ticks, **turn),
+        xaxis=dict(domain=[0, 0.47], **across | ticks | dict(title_text="" if are_long(names) else "gets probability")),
         yaxis=dict(domain=[0, 0.76], title_text="" if are_long(names) else "true class") | ticks | dict(range=[len(order) - 0.5, -0.5]),
         yaxis2=dict(domain=[0.79, 1], anchor="x", range=[floor, 1.01], nticks=3, showgrid=False, title_text="distance"),
         xaxis3=dict(domain=[0.55, 1], anchor="y3", range=[-0.5, w - 0.5], constrain="domain",
@@ -150,7 +150,7 @@ def _axes(order, names, wall, floor):
         yaxis3=dict(domain=[0, 0.93], anchor="x3", range=[h - 0.5, -0.5], scaleanchor="x3", constrain="domain",
                     constraintoward="top", **hidden))
 
-# %% ../../nbs/api/figures/10_dark.ipynb #8b4f32f0
+# %% ../../nbs/api/figures/10_dark.ipynb #b12d32ab
 def dark_order(
     now:dict,  # from `dark_matrix`
     cluster:bool=True,  # order the classes by the tree
@@ -184,7 +184,7 @@ def dark_figure(
             for y, x in [(order.index(row), order.index(col))]] if {row, col} <= set(order) else []
     many = f"{len(order)} of {len(names)} classes" if len(order) < len(names) else "% of a row"
     titles = {f"Where the wrong probability goes ({many})": (0, 1.01),
-              f"True {names[row]}: probability given to {names[col]}": (0.55, 1.01)}
+              f"True {shorten(names[row])}: probability given to {shorten(names[col])}": (0.55, 1.01)}
     parts = _axes(order, names, np.shape(wall[0]["z"]), 0.4 if merges[:, 2].min() > 0.45 else 0)
     foot = dict(l=120, r=16, t=40, b=100) if are_long(names) else dict(l=88, r=16, t=40, b=80)
     return go.Figure([_map(now["share"], order, names), tree, *wall],

@@ -6,12 +6,12 @@
 __all__ = ['GROUPS', 'CHOICES', 'CLEAR', 'FADED', 'COLUMNS', 'ROWS', 'PER_PAGE', 'gap_numbers', 'chosen', 'class_gap',
            'gap_classes', 'gallery_rows', 'gap_figure', 'gap_sentence']
 
-# %% ../../nbs/api/figures/02_gap.ipynb #128a18e5
+# %% ../../nbs/api/figures/02_gap.ipynb #ae289704
 import numpy as np
 import plotly.graph_objects as go
 
 from .kit import (HATCH, INK, are_long, check_labels, check_logits, class_axis, fade, grey_image, layout,
-                               ranking, series, softmax)
+                               ranking, series, shorten, softmax)
 
 # %% ../../nbs/api/figures/02_gap.ipynb #12fc454c
 GROUPS = ("both right", "only the teacher right", "only the student right", "both wrong")
@@ -153,10 +153,10 @@ def gallery_rows(
     page = min(max(page, 0), pages - 1)
     return rows[page * PER_PAGE:(page + 1) * PER_PAGE].tolist(), pages
 
-# %% ../../nbs/api/figures/02_gap.ipynb #6f14e0ca
+# %% ../../nbs/api/figures/02_gap.ipynb #7780a2a5
 def _captions(numbers, rows, cell, top, names, ids):
     "Under each picture its class and number, and what teacher (T) and student (S) say."
-    short = lambda k: names[k] if len(names[k]) < 10 else names[k][:8] + "…"
+    short = lambda k: shorten(names[k], 10)
     t, s = (numbers[who]["prediction"] for who in ("teacher", "student"))
     words = [(f"<b>{short(y)}</b><br>T {short(a)}<br>S {short(b)}" if are_long(names) else
               f"<b>{short(y)}</b> (#{i})<br>T {short(a)}, S {short(b)}")
@@ -179,7 +179,7 @@ def _wall(rows, images, cell):
         wall[y:y + h, x:x + w] = (images[i] - low) / max(high - low, 1e-12)
     return grey_image(wall, 0, 1, xaxis="x3", yaxis="y3", showlegend=False)
 
-# %% ../../nbs/api/figures/02_gap.ipynb #f97044cd
+# %% ../../nbs/api/figures/02_gap.ipynb #e360d989
 def _gap_layout(numbers, names, cell, size, titles, lasso):
     "Three panels with fixed axes; heights in pixels make room for the gallery."
     gallery, extra, classes = (270 if size else 150), (40 if are_long(names) else 0), gap_classes(numbers)
@@ -196,7 +196,7 @@ def _gap_layout(numbers, names, cell, size, titles, lasso):
                     itemdoubleclick=False, itemsizing="constant"),
         xaxis=dict(domain=[0, 0.42], title_text="teacher", **unit),
         yaxis=dict(domain=[low, 1], title_text="student", **unit),
-        xaxis2=dict(domain=[0.56, 1], anchor="y2", **class_axis([names[c] for c in classes])),
+        xaxis2=dict(domain=[0.56, 1], anchor="y2", **class_axis([names[c] for c in classes], 0.44)),
         yaxis2=dict(domain=[low, 1], anchor="x2", range=[-down, up], title_text="points (+ teacher better)", nticks=7,
                     zeroline=True, zerolinecolor=INK, zerolinewidth=1.5),
         xaxis3=dict(domain=[0, 1], anchor="y3", range=[-0.5, COLUMNS * cell[1] - 0.5], constrain="domain",

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'PAGE_CSS', 'to_numpy',
-           'check_logits', 'check_labels', 'check_images', 'check_names', 'check_ids', 'check_index', 'check_runs',
-           'check_pair', 'check_both', 'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'series',
-           'layout', 'are_long', 'class_axis', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider',
-           'choice', 'toggle', 'button', 'page', 'write_text', 'write_page', 'snippet']
+           'check_logits', 'check_labels', 'check_images', 'check_list', 'check_names', 'check_ids', 'check_index',
+           'check_runs', 'check_pair', 'check_scores', 'check_absent', 'check_both', 'softmax', 'log_softmax',
+           'entropy', 'ranking', 'top_mass', 'fade', 'series', 'layout', 'are_long', 'shorten', 'class_axis',
+           'top_classes', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle',
+           'button', 'page', 'write_text', 'write_page', 'snippet']
 
 # %% ../../nbs/api/figures/00_kit.ipynb #f71e3e64
 import json
@@ -21,7 +22,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from scipy.special import stdtrit
 
-# %% ../../nbs/api/figures/00_kit.ipynb #e741b8b4
+# %% ../../nbs/api/figures/00_kit.ipynb #feb7b03d
 def to_numpy(
     x,  # array, list, or a tensor on any device
 ) -> np.ndarray:
@@ -29,9 +30,12 @@ def to_numpy(
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.double() if x.is_floating_point() else x
-    return np.asarray(x)
+    try:
+        return np.asarray(x)
+    except ValueError:
+        raise ValueError("an array needs rows of one length; got rows of different lengths") from None
 
-# %% ../../nbs/api/figures/00_kit.ipynb #a8748c2c
+# %% ../../nbs/api/figures/00_kit.ipynb #63bca7ce
 def check_logits(
     logits,  # (N, C) scores before the softmax; (C,) is taken as one row
     name:str="logits",  # how the caller calls them, for the message
@@ -42,28 +46,28 @@ def check_logits(
     if z.ndim != 2 or z.shape[0] < 1 or z.dtype.kind not in "fiu":
         raise ValueError(f"{name} must be numbers of shape (N, C), one row per example; got {z.dtype} {z.shape}")
     if z.shape[1] < 2:
-        raise ValueError(f"{name} needs at least two classes, got shape {z.shape}: with one class every "
+        raise ValueError(f"{name} must have at least two classes, got shape {z.shape}: with one class every "
                          "probability is 1. Give (N, C) scores before the softmax")
     return z.astype(np.float64)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #5a501658
+# %% ../../nbs/api/figures/00_kit.ipynb #bfb616f1
 def check_labels(
     labels,  # (N,) class numbers from 0, or None
     n:int,  # number of examples
-    c:int,  # number of classes
+    c:int | None=None,  # number of classes; as many as there are labels if None
 ) -> np.ndarray | None:
     "Labels as int (N,) in [0, C), or None."
     if labels is None:
         return None
     y = to_numpy(labels)
     if y.shape != (n,) or y.dtype.kind not in "iu":
-        raise ValueError(f"labels must be whole numbers of shape ({n},), one per row of logits; "
-                         f"got {y.dtype} {y.shape}")
+        raise ValueError(f"labels must be whole numbers of shape ({n},), one per example; got {y.dtype} {y.shape}")
+    c = int(y.max(initial=0)) + 1 if c is None else c
     if n and not 0 <= y.min() <= y.max() < c:
         raise ValueError(f"labels must lie in 0..{c - 1} for {c} classes, got {y.min()}..{y.max()}")
     return y.astype(int)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #b6fc591d
+# %% ../../nbs/api/figures/00_kit.ipynb #b93522ce
 def check_images(
     images,  # (N, H, W) or (N, 1, H, W) grey values, or None
     n:int,  # number of examples
@@ -74,30 +78,42 @@ def check_images(
     a = to_numpy(images)
     a = a[:, 0] if a.ndim == 4 and a.shape[1] == 1 else a
     if a.ndim != 3 or len(a) != n:
-        raise ValueError(f"images must have shape ({n}, height, width), one grey image per row of logits; "
-                         f"got {a.shape}")
+        raise ValueError(f"images must have shape ({n}, height, width), one grey image per example; got {a.shape}")
+    if a.dtype.kind not in "fiub":
+        raise ValueError(f"images must be numbers; got {a.dtype}")
     return a.astype(np.float64)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #9a5ac370
+# %% ../../nbs/api/figures/00_kit.ipynb #22c0512d
+def check_list(
+    values,  # anything that can be walked through
+    name:str,  # how the caller calls it
+) -> list:
+    "`values` as a list."
+    try:
+        return list(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a list; got {type(values).__name__}") from None
+
+
 def check_names(
     class_names,  # C names, or None for 0, 1, 2, ...
     c:int,  # number of classes
 ) -> list[str]:
     "Class names as a list of C strings."
-    names = [str(k) for k in (range(c) if class_names is None else class_names)]
+    names = [str(k) for k in check_list(range(c) if class_names is None else class_names, "class_names")]
     if len(names) != c:
         raise ValueError(f"class_names must hold {c} names, one per class; got {len(names)}")
     return names
 
-# %% ../../nbs/api/figures/00_kit.ipynb #0bc199eb
+# %% ../../nbs/api/figures/00_kit.ipynb #b8fc5f08
 def check_ids(
     ids,  # N names of the examples, or None for the row numbers
     n:int,  # number of examples
 ) -> list:
     "Names of the examples as a list of N."
-    ids = list(range(n) if ids is None else ids)
+    ids = check_list(range(n) if ids is None else ids, "ids")
     if len(ids) != n:
-        raise ValueError(f"ids must hold {n} names, one per row of logits; got {len(ids)}")
+        raise ValueError(f"ids must hold {n} names, one per example; got {len(ids)}")
     return ids
 
 # %% ../../nbs/api/figures/00_kit.ipynb #0fac58d2
@@ -139,6 +155,30 @@ def check_pair(
     if labels is None:
         raise ValueError("labels must hold the true class of each example, (N,) whole numbers")
     return t, s, check_labels(labels, *t.shape[1:])
+
+# %% ../../nbs/api/figures/00_kit.ipynb #7770681a
+def check_scores(
+    scores,  # (S, *shape): S seeds
+    shape:tuple[int, ...],  # of one seed
+    what:str,  # what the numbers are, for the message
+    name:str="scores",
+) -> np.ndarray:
+    "Scores as float64 (S, *shape) of finite numbers, or a `ValueError` that says what to give."
+    a = to_numpy(scores)
+    if a.dtype.kind not in "fiu" or not a.ndim or not len(a) or a.shape[1:] != shape or not np.isfinite(a).all():
+        want = ", ".join(map(str, ("seeds", *shape)))
+        bad = ", not all of them finite" if a.dtype.kind == "f" and not np.isfinite(a).all() else ""
+        raise ValueError(f"{name} must be finite numbers of shape ({want}): {what}; got {a.dtype} {a.shape}{bad}")
+    return a.astype(np.float64)
+
+
+def check_absent(
+    what:str,  # an argument that was left out, so that stored arrays are shown
+    **others,  # arguments that mean nothing without it
+) -> None:
+    "A `ValueError` if one of the others was given: it would be ignored."
+    if given := [name for name, value in others.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} without {what}: give {what} as well, or leave {' and '.join(given)} out")
 
 # %% ../../nbs/api/figures/00_kit.ipynb #4b7721f1
 def check_both(
@@ -253,7 +293,7 @@ def layout(
     frame = dict(template=TEMPLATE, height=height, margin=dict(l=68, r=16, t=40, b=60), annotations=notes)
     return frame | parts
 
-# %% ../../nbs/api/figures/00_kit.ipynb #1b524b1e
+# %% ../../nbs/api/figures/00_kit.ipynb #db9154d8
 def are_long(
     names:list[str],  # of classes
 ) -> bool:
@@ -261,13 +301,33 @@ def are_long(
     return max(map(len, names)) > 3
 
 
+def shorten(
+    name:str,
+    most:int=11,  # letters
+) -> str:
+    "A long name as its beginning and its end: names of one family differ there."
+    return name if len(name) <= most else f"{name[:most - 5]}…{name[-4:]}"
+
+
 def class_axis(
     names:list[str],  # of the bars at 0, 1, 2, ...
+    share:float=0.4,  # of the figure's width that the axis has
 ) -> dict:
-    "Ticks and title of an axis of classes."
-    shown = [n if len(n) < 12 else n[:10] + "…" for n in names]
-    ticks = dict(tickvals=list(range(len(names))), ticktext=shown)
-    return ticks | (dict(tickangle=-40, title_text="") if are_long(names) else dict(tickangle=0, title_text="class"))
+    "Ticks and title of an axis of classes; names that do not fit side by side are turned."
+    shown = [shorten(n) for n in names]
+    room, need = 700 * share / len(names), 8.5 * max(map(len, shown)) + 6  # pixels of a name on a narrow page
+    turned = dict(tickangle=0) if need <= room else dict(tickangle=-40) if room > 20 else dict(tickangle=-90, tickfont_size=12)
+    return dict(tickvals=list(range(len(names))), ticktext=shown, title_text="" if are_long(names) else "class") | turned
+
+
+def top_classes(
+    size,  # (C,) what is drawn of each class
+    keep=(),  # classes to show in any case
+    most:int=12,  # of the largest, where there are more than 20
+) -> list[int]:
+    "The classes that a figure has room for, in their order."
+    size = np.asarray(size)
+    return list(range(len(size))) if len(size) <= 20 else sorted({*map(int, keep), *ranking(size)[:most].tolist()})
 
 # %% ../../nbs/api/figures/00_kit.ipynb #1fbc9be8
 def grey_image(
@@ -435,10 +495,10 @@ function kdControls(box, controls, values, changed, pressed) {
 }
 """
 
-# %% ../../nbs/api/figures/00_kit.ipynb #83150979
+# %% ../../nbs/api/figures/00_kit.ipynb #c5dbd144
 _PAGE_JS = """
 const base = document.getElementById("kd-data"), { fig, controls, values, states } = JSON.parse(base.textContent);
-const plot = document.getElementById("kd-plot"), text = document.getElementById("kd-text");
+const [plot, text, error] = ["kd-plot", "kd-text", "kd-error"].map((id) => document.getElementById(id));
 const put = (tree, path, value) => {
   const keys = path.split("."), last = keys.pop();
   const leaf = keys.reduce((t, k) => (t[k] ??= {}), tree);
@@ -446,13 +506,15 @@ const put = (tree, path, value) => {
 };
 function draw() {
   const now = structuredClone(fig), key = controls.map((c) => c.values.indexOf(values[c.name])).join(",");
-  const state = states[key];
+  const state = states[key], bad = !state.data;
+  text.textContent = bad ? "" : state.text; error.textContent = bad ? state.text : "";
+  plot.hidden = bad; error.hidden = !bad;
+  if (bad) return;
   for (const [i, edits] of Object.entries(state.data))
     for (const [path, value] of Object.entries(edits)) put(now.data[i], path, value);
   for (const [path, value] of Object.entries(state.layout)) put(now.layout, path, value);
-  text.textContent = state.text;
   plot.setAttribute("aria-label", state.text);
-  return Plotly.react(plot, now.data, now.layout, { displayModeBar: false, responsive: true });
+  Plotly.react(plot, now.data, now.layout, { displayModeBar: false, responsive: true });
 }
 const changed = (name, value) => { values[name] = value; draw(); };
 kdControls(document.getElementById("kd-controls"), controls, values, changed);
@@ -467,35 +529,41 @@ h1 { font-size: 24px; margin: 0 8px 8px; } figure { margin: 0; overflow-x: auto;
 figcaption { margin: 8px; font-size: 16px; }
 """
 
-# %% ../../nbs/api/figures/00_kit.ipynb #52393428
+# %% ../../nbs/api/figures/00_kit.ipynb #ec891678
+def _rows(fig, table):
+    "The figure that a page starts from, and what each state changes in it."
+    first = next((f.to_plotly_json() for f in (fig, *(f for f, _ in table.values())) if f is not None), None)
+    rows = {}
+    for key, (fig, text) in table.items():
+        data, frame = (None, None) if fig is None else changes(first, fig.to_plotly_json())
+        rows[key] = dict(data=data, layout=frame, text=text)
+    return first, rows
+
+
 def page(
-    fig:go.Figure,  # the figure as it is shown first
+    fig:go.Figure | None,  # the figure as it is shown first; None: there is none, and `text` says why
     title:str,  # of the page
     text:str,  # one sentence: what the figure shows
     caption:str="",  # what to look for; stands below the figure
     controls:list[dict] | tuple=(),  # from `slider`, `choice`, `toggle`
     values:dict | None=None,  # {name: value} that `fig` shows
-    states:dict[str, tuple[go.Figure, str]] | None=None,  # {"2,0": (figure, sentence)} by positions in `controls`
+    states:dict[str, tuple] | None=None,  # {"2,0": (figure, sentence) or (None, message)} by positions in `controls`
     bundle:str="inline",  # "inline": plotly inside the page (5 MB); "file": beside it as plotly.min.js
     lang:str="en",
 ) -> str:
     "An HTML page that needs neither kernel nor network."
     if bundle not in ("inline", "file"):
         raise ValueError(f"bundle must be 'inline' or 'file', got {bundle!r}")
-    first = fig.to_plotly_json()
-    table = {"": (fig, text)} if states is None else states
-    rows = {}
-    for key, (other, sentence) in table.items():
-        data, frame = changes(first, other.to_plotly_json())
-        rows[key] = dict(data=data, layout=frame, text=sentence)
+    first, rows = _rows(fig, {"": (fig, text)} if states is None else states)
     blob = dict(fig=first, controls=list(controls), values=values or {}, states=rows)
     blob = json.dumps(blob, default=lambda o: o.to_plotly_json() if hasattr(o, "to_plotly_json") else o.tolist())
     script = f"<script>{get_plotlyjs()}</script>" if bundle == "inline" else '<script src="plotly.min.js"></script>'
+    said, wrong = ("", text) if fig is None else (text, "")
     return _PAGE.format(
-        lang=lang, title=escape(title), css=PAGE_CSS + CONTROL_CSS + THEME_CSS, plotly=script,
-        text=escape(text), caption=escape(caption), blob=blob.replace("<", "\\u003c"), js=CONTROL_JS + _PAGE_JS)
+        lang=lang, title=escape(title), css=PAGE_CSS + CONTROL_CSS + THEME_CSS, plotly="" if first is None else script,
+        text=escape(said), error=escape(wrong), hidden="" if wrong else " hidden", caption=escape(caption), blob=blob.replace("<", "\\u003c"), js=CONTROL_JS + _PAGE_JS)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #a38e0b63
+# %% ../../nbs/api/figures/00_kit.ipynb #448d1ea6
 _PAGE = """<!doctype html>
 <html lang="{lang}">
 <head>
@@ -509,7 +577,8 @@ _PAGE = """<!doctype html>
 <h1>{title}</h1>
 <figure>
 <div class="kd-panel"><div class="kd-controls" id="kd-controls"></div>
-<p class="kd-text" id="kd-text" aria-live="polite">{text}</p></div>
+<p class="kd-text" id="kd-text" aria-live="polite">{text}</p>
+<p class="kd-error" id="kd-error" role="alert"{hidden}>{error}</p></div>
 <div id="kd-plot" role="img"></div>
 <figcaption>{caption}</figcaption>
 </figure>
@@ -547,7 +616,7 @@ def write_page(
         write_text(script, get_plotlyjs())
     return write_text(path, html)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #ef12b692
+# %% ../../nbs/api/figures/00_kit.ipynb #42fe7cce
 _SNIPPET = """<section class="kd-panel" aria-label="{title}"><p class="kd-title">{title}</p><p class="kd-text">{text}</p>
 <div id="{id}" role="img" aria-label="{text}"></div>
 <script type="application/json" id="{id}-data">{blob}</script>
@@ -556,16 +625,20 @@ _SNIPPET = """<section class="kd-panel" aria-label="{title}"><p class="kd-title"
   const {{ data, layout }} = JSON.parse(document.getElementById("{id}-data").textContent);
   Plotly.newPlot(plot, data, layout, {{ displayModeBar: false, responsive: true }});
 }})();</script></section>"""
+_MESSAGE = """<style>{css}</style><section class="kd-panel" aria-label="{title}"><p class="kd-title">{title}</p>
+<p class="kd-error" role="alert">{text}</p></section>"""
 _shipped = False  # has plotly come along in this kernel?
 
 
 def snippet(
-    fig:go.Figure,
+    fig:go.Figure | None,  # None: there is no picture, and `text` says why
     title:str,
     text:str,  # one sentence: what the figure shows
 ) -> str:
     "HTML of a figure for a page that is made of outputs; the first one of a kernel brings plotly."
     global _shipped
+    if fig is None:
+        return _MESSAGE.format(css=CONTROL_CSS, title=escape(title), text=escape(text))
     bundle = "" if _shipped else f"(() => {{ let define, module, exports; {get_plotlyjs()}; window.Plotly ??= Plotly; }})();"
     style = "" if _shipped else f"<style>{CONTROL_CSS}{THEME_CSS}</style>"
     _shipped = True

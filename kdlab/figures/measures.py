@@ -7,12 +7,12 @@ __all__ = ['LOOKS', 'class_rows', 'class_figure', 'class_sentence', 'agreement_f
            'calibration_figure', 'calibration_sentence', 'wrong_shares', 'similarity_figure', 'similarity_sentence',
            'cka_figure', 'best_layers', 'cka_sentence']
 
-# %% ../../nbs/api/figures/30_measures.ipynb #1ab2d7cf
+# %% ../../nbs/api/figures/30_measures.ipynb #c9fa8491
 import numpy as np
 import plotly.graph_objects as go
 
 from .dark import dark_order, likeness, shown_classes
-from .kit import HATCH, INK, are_long, layout, series
+from .kit import HATCH, INK, are_long, class_axis, layout, series, shorten
 
 # %% ../../nbs/api/figures/30_measures.ipynb #d6dd09bd
 LOOKS = {"teacher": series(2), "student": series(0)}
@@ -51,7 +51,7 @@ def _accuracies(parts, rows):
                  error_x=_bars(parts[who][rows], parts[f"{who}_low"][rows], parts[f"{who}_high"][rows], LOOKS[who]["color"]),
                  hovertemplate=f"{who}: %{{x:.1f}}%<extra></extra>") for who, shift in (("teacher", -0.17), ("student", 0.17))]
 
-# %% ../../nbs/api/figures/30_measures.ipynb #dd00e4f4
+# %% ../../nbs/api/figures/30_measures.ipynb #a8e01598
 def class_figure(
     parts:dict,  # arrays (C,): count, teacher, student, with _low and _high; difference, low, high; in 0..1
     names:list[str],  # of the C classes
@@ -66,7 +66,7 @@ def class_figure(
                  marker=dict(color=[series(1)["color"] if c else INK for c in clear], size=12, line=dict(width=2),
                              symbol=["diamond" if c else "circle-open" for c in clear]),
                  hovertemplate="%{x:+.1f} points<extra></extra>")
-    short = [f"{names[k] if len(names[k]) < 14 else names[k][:12] + '…'} ({int(parts['count'][k])})" for k in rows]
+    short = [f"{shorten(names[k], 13)} ({int(parts['count'][k])})" for k in rows]
     least = np.nanmin([parts[f"{who}_low"][rows] for who in LOOKS])
     reach = 1.1 * max(5.0, *np.abs(100 * np.nan_to_num(np.concatenate([low, high]))))
     lines = dict(range=[len(rows) - 0.4, -0.6], showgrid=False, showline=False, ticks="", zeroline=False)
@@ -199,7 +199,7 @@ def _map(values, order, names, axis, **parts):
                 text=[["" if v is None or len(order) > 10 else f"{round(v)}" for v in row] for row in z], texttemplate="%{text}",
                 textfont_size=12, xaxis=f"x{axis}", yaxis=f"y{axis}") | parts
 
-# %% ../../nbs/api/figures/30_measures.ipynb #00253546
+# %% ../../nbs/api/figures/30_measures.ipynb #8c1bcd7a
 def similarity_figure(
     teacher,  # (C, C) mean probabilities of the samples of each class
     student,  # (C, C)
@@ -212,14 +212,12 @@ def similarity_figure(
     top = next(v for v in (5, 10, 20, 40, 60, 100.0) if v >= min(100 * most, 100))
     traces = [*(_map(x, order, names, axis, zmin=0, zmax=top, colorscale=_DARK) for x, axis in ((t, ""), (s, 2))),
               _map(s - t, order, names, 3, zmin=-top / 2, zmax=top / 2, colorscale=_BOTH)]
-    short = [names[k] if len(names[k]) < 12 else names[k][:10] + "…" for k in order]
-    ticks = dict(tickvals=list(range(len(order))), ticktext=short, showgrid=False)
-    crowded = len(order) * max(map(len, short)) > 30
-    across, room = dict(tickangle=-40 if are_long(names) else -90 if crowded else 0), 60 if are_long(names) else 0
+    across, room = class_axis([names[k] for k in order], 0.31) | dict(title_text=""), 60 if are_long(names) else 0
+    ticks = dict(tickvals=across["tickvals"], ticktext=across["ticktext"], showgrid=False)
     axes = {}
     for i, left in enumerate((0, 0.345, 0.69)):
         n = "" if i == 0 else i + 1
-        axes[f"xaxis{n}"] = dict(domain=[left, left + 0.31], anchor=f"y{n}", **ticks, **across)
+        axes[f"xaxis{n}"] = dict(domain=[left, left + 0.31], anchor=f"y{n}", **across | ticks)
         axes[f"yaxis{n}"] = dict(anchor=f"x{n}", showticklabels=i == 0, **ticks) | dict(range=[len(order) - 0.5, -0.5])
     many = f" ({len(order)} of {len(names)} classes)" if len(order) < len(names) else ""
     titles = {f"Teacher, to {top:g}%{many}": (0, 1.01), f"Student, to {top:g}%": (0.345, 1.01),

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'placebo_numbers', 'placebo_figure', 'placebo_sentence']
 
-# %% ../../nbs/api/figures/06_placebo.ipynb #7edd6fe0
+# %% ../../nbs/api/figures/06_placebo.ipynb #33d6632f
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, class_axis, entropy, fade, grey_image, interval, layout, seed_band, series
+from .kit import (HATCH, INK, class_axis, entropy, fade, grey_image, interval, layout, seed_band, series,
+                               top_classes)
 
 # %% ../../nbs/api/figures/06_placebo.ipynb #cbd149af
 SETTINGS = ("the same 40 images", "the digit it never saw")
@@ -35,7 +36,7 @@ def _race(scores, steps, arms, chosen):
         out += [band, line]
     return out
 
-# %% ../../nbs/api/figures/06_placebo.ipynb #2e6ffb52
+# %% ../../nbs/api/figures/06_placebo.ipynb #992eab1d
 def _differences(now, arms, chosen):
     "What each arm has over the first, with its interval."
     rest = range(1, len(arms))
@@ -45,14 +46,14 @@ def _differences(now, arms, chosen):
                 showlegend=False, hovertemplate="%{x:+.1f} points<extra></extra>")
 
 
-def _target(p, label, names, i):
-    "The target that the chosen arm gives for one image; hatched: the label."
+def _target(p, label, i):
+    "The shown part of the target that the chosen arm gives for one image; hatched: the label."
     return dict(type="bar", x=list(range(len(p))), y=p.tolist(), xaxis="x3", yaxis="y3", showlegend=False,
                 hovertemplate="%{y:.3f}<extra></extra>",
                 marker=dict(color=series(i)["color"],
                             pattern=dict(shape=["/" if k == label else "" for k in range(len(p))], **HATCH)))
 
-# %% ../../nbs/api/figures/06_placebo.ipynb #9055c521
+# %% ../../nbs/api/figures/06_placebo.ipynb #65214722
 def _axes(arms, steps, names, reach):
     hidden = dict(showgrid=False, mirror=True, ticks="", showticklabels=False)
     return dict(
@@ -62,12 +63,12 @@ def _axes(arms, steps, names, reach):
                     zerolinecolor=INK, zerolinewidth=1.5),
         yaxis2=dict(domain=[0.52, 1], anchor="x2", autorange="reversed", tickvals=list(range(len(arms) - 1)),
                     ticktext=list(arms[1:])),
-        xaxis3=dict(domain=[0.7, 1], anchor="y3", **class_axis(names)),
+        xaxis3=dict(domain=[0.7, 1], anchor="y3", **class_axis(names, 0.3)),
         yaxis3=dict(domain=[0, 0.28], anchor="x3", range=[0, 1.05], title_text="target", nticks=3),
         xaxis4=dict(domain=[0.5, 0.6], anchor="y4", constrain="domain", **hidden),
         yaxis4=dict(domain=[0, 0.28], anchor="x4", autorange="reversed", scaleanchor="x4", constrain="domain", **hidden))
 
-# %% ../../nbs/api/figures/06_placebo.ipynb #62e27425
+# %% ../../nbs/api/figures/06_placebo.ipynb #a6a138f4
 def placebo_figure(
     scores,  # (S, A, K) score in percent of A arms at K steps for S seeds
     steps,  # (K,) optimizer steps
@@ -85,11 +86,12 @@ def placebo_figure(
     edge = np.ceil(1.1 * (np.abs(now["mean"]) + now["half"]).max() / 10) * 10
     titles = {"Score while training": (0, 1.02), "Difference at the end": (0.7, 1.02)}
     traces = [*_race(scores, steps, arms, chosen), _differences(now, arms, chosen)]
+    shown = top_classes(p, [] if label is None else [label])
     if targets is not None:
-        traces += [_target(p, label, names, chosen), grey_image(image, 0, 1, xaxis="x4", yaxis="y4")]
+        traces += [_target(p[shown], None if label is None else shown.index(label), chosen), grey_image(image, 0, 1, xaxis="x4", yaxis="y4")]
         titles[f"Target of one image: {entropy(p):.2f} nats"] = (0.5, 0.31)
     return go.Figure(traces, layout(560, titles, legend=dict(x=0.16, y=0.02, yanchor="bottom", font_size=14),
-                                    showlegend=True, bargap=0.3, **_axes(arms, steps, names, [-edge, edge])))
+                                    showlegend=True, bargap=0.3, **_axes(arms, steps, [names[k] for k in shown], [-edge, edge])))
 
 # %% ../../nbs/api/figures/06_placebo.ipynb #65135bd1
 def placebo_sentence(scores, arms, chosen:int=1, p=None, label:int | None=None, class_names=None) -> str:

@@ -6,13 +6,13 @@
 __all__ = ['T_RANGE', 'T_GRID', 'MISTAKES', 'log_loss', 'best_T', 'bin_edges', 'bin_of', 'ece_range', 'halves',
            'reliability_numbers', 'temperature_curves', 'reliability_figure', 'reliability_sentence']
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #08b01612
+# %% ../../nbs/api/figures/20_reliability.ipynb #a5d03876
 from functools import cache
 
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, are_long, grey_image, layout, series, softmax
+from .kit import HATCH, INK, are_long, grey_image, layout, series, shorten, softmax
 
 # %% ../../nbs/api/figures/20_reliability.ipynb #de348242
 T_RANGE = 0.05, 20.0
@@ -184,7 +184,7 @@ def _temperature(now, curves, T):
     return [*out, dict(dot, y=[loss], xaxis="x3", yaxis="y3"),
             dict(dot, y=[at], xaxis="x4", yaxis="y4", error_y=spread)]
 
-# %% ../../nbs/api/figures/20_reliability.ipynb #af1da010
+# %% ../../nbs/api/figures/20_reliability.ipynb #3ec86ce6
 MISTAKES = 8
 
 
@@ -192,7 +192,7 @@ def _mistakes(now, labels, images, names):
     "The most confident wrong answers, in words and, if there are any, pictures."
     rows = np.flatnonzero(~now["right"])
     rows = rows[np.argsort(-now["sure"][rows], kind="stable")][:MISTAKES]
-    short = lambda name: name if len(name) < 10 else name[:8] + "…"
+    short = lambda name: shorten(name, 10)
     gap = "<br>" if are_long(names) else " "
     words = [f"says <b>{short(names[now['says'][i]])}</b>{gap}({now['sure'][i]:.2f})<br>is {short(names[labels[i]])}"
              for i in rows]

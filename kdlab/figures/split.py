@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SURE', 'split_numbers', 'shares', 'split_figure', 'split_sentence']
 
-# %% ../../nbs/api/figures/12_split.ipynb #ead0474a
+# %% ../../nbs/api/figures/12_split.ipynb #8c0aa5f8
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, are_long, check_index, layout, log_softmax, ranking, series, softmax
+from .kit import (HATCH, INK, check_index, class_axis, layout, log_softmax, ranking, series, shorten,
+                               softmax)
 
 # %% ../../nbs/api/figures/12_split.ipynb #cae1b67f
 def _kl(log_p, log_q): return float(np.sum(np.exp(log_p) * (log_p - log_q)))
@@ -113,11 +114,10 @@ def _curves(now, alpha, beta):
                      marker=dict(color=look["color"], size=14, line=dict(color="white", width=2)))]
     return out
 
-# %% ../../nbs/api/figures/12_split.ipynb #2008bbbc
+# %% ../../nbs/api/figures/12_split.ipynb #4521c11a
 def _axes(labels, high):
     two, others = labels
-    short = [n if len(n) < 12 else n[:10] + "…" for n in others]
-    ticks = dict(tickvals=list(range(len(others))), ticktext=short, tickangle=-40 if are_long(others) else 0)
+    ticks = class_axis(others, 0.73) | dict(title_text="")
     sure = [0.5, 0.9, 0.99, 0.999]
     return dict(
         xaxis=dict(domain=[0, 0.17], tickvals=[0, 1], ticktext=two, range=[-0.5, 1.5], tickangle=0),
@@ -145,7 +145,7 @@ def split_figure(
     check_index(target, n, "target")
     bars, labels = _bars(now["two"], now["hats"], names, target)
     high = 1.05 if n <= 20 else 1.3 * now["hats"].max()
-    titles = {f"Is it {names[target]}?": (0, 1.02), "If not, which other?": (0.27, 1.02),
+    titles = {f"Is it {shorten(names[target])}?": (0, 1.02), "If not, which other?": (0.27, 1.02),
               "What the loss is made of": (0.03, 0.375), "Share of \"which other\"": (0.6, 0.375)}
     legend = dict(x=1, xanchor="right", y=1, yanchor="top", orientation="h", font_size=15)
     return go.Figure([*bars, *_stacks(shares(now, alpha, beta)), *_curves(now, alpha, beta)],

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['T_CURVE', 'lens_numbers', 'lens_bars', 'temperature_lens', 'lens_sentence']
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #9498f663
+# %% ../../nbs/api/figures/01_temperature.ipynb #3d5bcab5
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (HATCH, INK, are_long, class_axis, entropy, grey_image, layout, ranking, series, softmax,
-                               top_mass)
+from .kit import (HATCH, INK, are_long, class_axis, entropy, grey_image, layout, ranking, series, shorten,
+                               softmax, top_mass)
 
 # %% ../../nbs/api/figures/01_temperature.ipynb #46860676
 T_CURVE = np.geomspace(0.25, 20, 61)
@@ -81,7 +81,7 @@ def _curves(row, now):
                         marker=dict(color=look["color"], symbol="circle", size=15, line=dict(color="white", width=2))))
     return out
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #49835baa
+# %% ../../nbs/api/figures/01_temperature.ipynb #1f417b9d
 def _axes(left, names, log_axis, most):
     "Axes of the three panels; the picture is the first when there is one."
     log = dict(type="log", range=[-6, 0.3], tickvals=[1, 1e-2, 1e-4, 1e-6], ticktext="1 10⁻² 10⁻⁴ 10⁻⁶".split())
@@ -89,7 +89,7 @@ def _axes(left, names, log_axis, most):
     bars = log if log_axis else linear
     curve = dict(anchor="x3")
     return dict(
-        xaxis2=dict(domain=[left, 0.62], anchor="y2", **class_axis(names)),
+        xaxis2=dict(domain=[left, 0.62], anchor="y2", **class_axis(names, 0.62 - left)),
         yaxis2=dict(anchor="x2", title_text="probability", type="linear") | bars,
         xaxis3=dict(domain=[0.73, 1], anchor="y4", type="log", range=[np.log10(0.23), np.log10(22)],
                     title_text="temperature T", tickvals=[0.25, 0.5, 1, 2, 4, 8, 16],
@@ -97,7 +97,7 @@ def _axes(left, names, log_axis, most):
         yaxis3=dict(domain=[0.58, 1], range=[0, most * 1.08], title_text="nats", nticks=4, **curve),
         yaxis4=dict(domain=[0, 0.42], range=[0, 1.08], title_text="mass", dtick=0.5, **curve))
 
-# %% ../../nbs/api/figures/01_temperature.ipynb #4742b8fa
+# %% ../../nbs/api/figures/01_temperature.ipynb #662a5b19
 def temperature_lens(
     row,  # (C,) logits of one example
     T:float=4.0,  # temperature > 0
@@ -124,7 +124,7 @@ def temperature_lens(
         parts |= dict(xaxis=dict(domain=[0, 0.2], constrain="domain", constraintoward="left", **hidden),
                       yaxis=dict(autorange="reversed", scaleanchor="x", constrain="domain", constraintoward="top",
                                  **hidden))
-        titles["The example" if label is None else f"Labelled {names[label]}"] = (0, 1.03)
+        titles["The example" if label is None else f"Labelled {shorten(names[label])}"] = (0, 1.03)
     foot = 100 if are_long(names) else 60
     return go.Figure(traces, layout(340 + foot, titles, bargap=0.25, margin=dict(l=68, r=16, t=40, b=foot), **parts))
 

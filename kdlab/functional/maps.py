@@ -137,7 +137,7 @@ def factor_transfer(
     u = mean over channels of x², flattened; L = mean |u_s/|u_s| - u_t/|u_t||. After Kim, Park & Kwak 2018 (arXiv:1802.04977).
     In the paper two small networks make the factors: a paraphraser, trained as an autoencoder on the teacher, and a
     translator behind the student. What most libraries call factor transfer has no such networks and takes these maps;
-    so do we, and `project=` and `project_teacher=` of the module put a translator and a paraphraser in front. Usual weight: 200.
+    so do we here; `kd.LearntFactors` has the networks. Usual weight: 200.
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     _checked("factor_transfer", student, teacher, mask, reduction, backend, (4,), same=False)
     return by_sample(reference.factor_transfer, student, teacher, mask, reduction, detach_teacher)

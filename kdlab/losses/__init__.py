@@ -16,7 +16,7 @@ from .decoupled import DKD
 from .features import AttentionTransfer, ChannelKL, Cosine, FeatureLoss, Hint
 from .maps import (
     ActivationBoundary, FactorTransfer, Fourier, FSP, HierarchicalContext, ICKD, Imitation, NST, Overhaul)
-from .trained import CRD, MGD, ReviewKD, SemCKD, SimKD, SRRL, VID
+from .trained import CRD, LearntFactors, MGD, Paraphraser, ReviewKD, SemCKD, SimKD, SRRL, VID
 from .tokens import AttentionMap, LSH, TokenRelation
 from .relations import (
     CKA, CorrelationCongruence, DIST, PKT, RKD, RKDAngle, RKDDistance, Similarity, SimilarityKL)
@@ -34,5 +34,5 @@ __all__ = ["Loss", "Objective", "Part", "CrossEntropy", "ForwardKL", "SoftKL", "
            "SoftSpearman", "Standardized", "TeacherFree",
            "ActivationBoundary", "FactorTransfer", "Fourier", "FSP", "HierarchicalContext", "ICKD", "Imitation", "NST", "Overhaul",
            "FeatureLoss", "AttentionTransfer", "ChannelKL", "Cosine", "Hint",
-           "AttentionMap", "LSH", "TokenRelation", "CRD", "MGD", "ReviewKD", "SemCKD", "SimKD", "SRRL", "VID",
+           "AttentionMap", "LSH", "TokenRelation", "CRD", "LearntFactors", "MGD", "Paraphraser", "ReviewKD", "SemCKD", "SimKD", "SRRL", "VID",
            "CKA", "CorrelationCongruence", "SimilarityKL", "DIST", "PKT", "RKD", "RKDAngle", "RKDDistance", "Similarity"]

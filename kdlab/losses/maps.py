@@ -51,7 +51,7 @@ class ProjectedMapLoss(FeatureLoss):
 class FactorTransfer(ProjectedMapLoss):
     """Mean absolute difference between attention maps; see `kdlab.functional.factor_transfer`. A usual weight is 200.
 
-    A translator goes into `project=` and a trained paraphraser, frozen, into `project_teacher=`."""
+    `kd.LearntFactors` has the two networks of the paper, and `kd.paraphraser` trains the first of them."""
     term, function = "factor_transfer", staticmethod(maps.factor_transfer)
 
     def equation(self)->str:

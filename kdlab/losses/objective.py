@@ -145,7 +145,7 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
                          f"teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #9216d2b6
+# %% ../../nbs/api/losses/01_objective.ipynb #0215f573
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
@@ -153,6 +153,11 @@ class _Bindable(nn.Module):
     masks_tokens = True # does it take a mask (B, N) for tensors (B, N, D)?
     several = False # does it take tuples of outputs? A list of names is then one input, not several pairs
     couples = False # does it compare the samples of a batch with each other?
+    takes_ids = False # does it take `ids=`, whole numbers that tell samples apart?
+
+    def token_shape(self, student)->tuple|None:
+        "The shape (B, N) of a mask over the tokens of these features, or None where they have none."
+        return tuple(student.shape[:2]) if isinstance(student, Tensor) and student.dim() == 3 else None
 
     def on(self,
         layers:str|list[str]|None=None, # names of layers in both models

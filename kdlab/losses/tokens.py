@@ -62,7 +62,7 @@ class LSH(FeatureLoss):
         "The loss as it is written on paper."
         return f"mean BCE([W t + b > 0], σ(W s + b)), {self.planes} random planes"
 
-# %% ../../nbs/api/losses/08_tokens.ipynb #5c4dbe6b
+# %% ../../nbs/api/losses/08_tokens.ipynb #6b425333
 class AttentionMap(FeatureLoss):
     """KL between attention maps (B, heads, queries, keys); see `kdlab.functional.attention_map`.
 
@@ -85,6 +85,8 @@ class AttentionMap(FeatureLoss):
     def options(self): return super().options() | {"scores": self.scores, "heads": self.heads}
 
     def nothing(self, student)->Tensor: return super().nothing(student[:, 0])
+
+    def token_shape(self, student): return (len(student), student.shape[2]) if student.dim() == 4 else None
 
     def extra_repr(self):
         return ", ".join(["scores=True"] * self.scores + ["heads='mean'"] * (self.heads == "mean"))

@@ -28,7 +28,7 @@ norms = [np.linalg.norm(g, axis=1).mean() for g in (soft, hard)]
 share = norms[0] / sum(norms)                                     # at equal weights
 """
 
-# %% ../../nbs/api/widgets/05_balance.ipynb #e6614047
+# %% ../../nbs/api/widgets/05_balance.ipynb #063a9c47
 class TSquaredBalance(KDWidget):
     "Length of the soft and the hard gradient against the temperature, with and without T²."
     title = "T² balance"
@@ -46,6 +46,7 @@ class TSquaredBalance(KDWidget):
         hide=(),  # controls to leave out: "T", "t_squared", "seed", "example", "reset", "title"
     ):
         if teacher_logits is None:
+            figures.check_absent("teacher_logits", student_logits=student_logits, labels=labels)
             arrays = stored.load()
             teacher_logits, student_logits, labels = arrays["teacher"], arrays["students"][:, 0, 1], arrays["labels"]
         self.teacher, self.student, self.labels = figures.check_pair(teacher_logits, student_logits, labels)

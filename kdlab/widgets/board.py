@@ -48,7 +48,7 @@ class _Mix(KDWidget):
             _, alphas, temperatures = self.map
             self.assign(alpha=float(alphas[cells[0][0]]), T=float(temperatures[cells[0][1]]))
 
-# %% ../../nbs/api/widgets/11_board.ipynb #2b8b40ba
+# %% ../../nbs/api/widgets/11_board.ipynb #8a0192e7
 class AlphaT(_Mix):
     "What label and teacher make of loss and gradient, and how accurate students of each mix become."
     title = "Alpha-T board"
@@ -67,10 +67,12 @@ class AlphaT(_Mix):
         hide=(),  # controls to leave out: "alpha", "T", "example", "reset", "title"
     ):
         if teacher_logits is None:
+            figures.check_absent("teacher_logits", student_logits=student_logits, labels=labels)
             arrays = stored.load()
             teacher_logits, student_logits, labels = arrays["teacher"][0], arrays["students"][0, 0, 1], arrays["labels"]
             scores = arrays["alpha_t"] if scores is None else scores
         self.teacher, self.student, self.labels = figures.check_both(teacher_logits, student_logits, labels)
+        alphas, temperatures = figures.check_list(alphas, "alphas"), figures.check_list(temperatures, "temperatures")
         scores = None if scores is None else check_map(scores, alphas, temperatures)
         self.map = scores, tuple(alphas), tuple(temperatures)
         n, c = self.teacher.shape

@@ -23,7 +23,7 @@ gain = scores[:, {at}, {column}] - alone                        # teacher with {
 mean, error = gain.mean(), gain.std(ddof=1) / np.sqrt(len(gain))
 """
 
-# %% ../../nbs/api/widgets/07_capacity.ipynb #a851593a
+# %% ../../nbs/api/widgets/07_capacity.ipynb #ce480116
 class CapacityGap(KDWidget):
     "Accuracy of a tiny student against the size of its teacher, with and without an assistant."
     title = "Capacity gap"
@@ -39,12 +39,14 @@ class CapacityGap(KDWidget):
         hide=(),  # controls to leave out: "width", "assistant", "reset", "title"
     ):
         if scores is None:
+            figures.check_absent("scores", alone=alone, widths=widths)
             arrays = stored.load()
             scores, alone, widths = arrays["capacity"], arrays["capacity_alone"], stored.WIDTHS
-        scores, alone = figures.to_numpy(scores), figures.to_numpy(alone)
-        if scores.ndim != 3 or scores.shape[1:] != (len(widths), 3) or alone.shape != scores.shape[:1]:
-            raise ValueError("scores must have shape (seeds, widths, 3) for teacher, student, student of an assistant, and "
-                             f"alone (seeds,); got {scores.shape} and {alone.shape} for {len(widths)} widths")
+        widths = figures.check_list(widths, "widths")
+        scores = figures.check_scores(scores, (len(widths), 3), "accuracy of teacher, student, student of an assistant")
+        alone = figures.check_scores(alone, (), "accuracy of the student without a teacher", "alone")
+        if len(alone) != len(scores):
+            raise ValueError(f"scores and alone must be of the same seeds; got {len(scores)} and {len(alone)}")
         self.shown = scores, alone, tuple(widths)
         self._controls = [figures.slider("width", "Teacher's channels", range(len(widths)), [str(w) for w in widths]),
                           figures.toggle("assistant", "Teaching assistant")]

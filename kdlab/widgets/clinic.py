@@ -28,7 +28,7 @@ first = loss[0] / right[0, 0]                         # how much too large the l
 _STORED = 'np.delete(stored.load()["clinic"], 1, axis=1)   # (seeds, bugs, steps, symptoms); the first is right'
 _OWN = "np.asarray(runs, dtype=float)                # (seeds, bugs, steps, symptoms), as given to BugClinic"
 
-# %% ../../nbs/api/widgets/21_clinic.ipynb #39cab6cb
+# %% ../../nbs/api/widgets/21_clinic.ipynb #29bac762
 def check_clinic(
     runs,  # (S, B, K, 5) or (B, K, 5): seeds, bugs (the first is a right run), steps, symptoms
     names,  # B names of the bugs, None for numbers
@@ -43,7 +43,7 @@ def check_clinic(
     if not np.isfinite(a).any(axis=(0, 1, 2))[STUDENT]:
         raise ValueError("runs hold no accuracy of the student (symptom 2), which is the chart that is always open")
     names = figures.check_names(names, a.shape[1])
-    steps = list(range(a.shape[2])) if steps is None else list(steps)
+    steps = figures.check_list(range(a.shape[2]) if steps is None else steps, "steps")
     if len(steps) != a.shape[2]:
         raise ValueError(f"steps must hold {a.shape[2]} numbers, one per step of runs; got {len(steps)}")
     return a.astype(np.float64), names, steps
@@ -90,7 +90,7 @@ class _Case(KDWidget):
         "Points of all solved cases."
         return sum(p for p in self.won if p > 0)
 
-# %% ../../nbs/api/widgets/21_clinic.ipynb #f864f63e
+# %% ../../nbs/api/widgets/21_clinic.ipynb #6f031209
 class BugClinic(_Case):
     "A quiz: charts of runs with one bug each, beside right runs."
     title = "Bug clinic"
@@ -107,6 +107,7 @@ class BugClinic(_Case):
     ):
         self.own, self.deal_seed = runs is not None, deal_seed
         if not self.own:
+            figures.check_absent("runs", names=names, steps=steps)
             runs, steps = np.delete(stored.load()["clinic"], 1, axis=1), stored.CLINIC_STEPS
             names = ["nothing is wrong", *stored.BUGS[2:]]
         self.runs, self.names, self.steps = check_clinic(runs, names, steps)

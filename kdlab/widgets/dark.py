@@ -48,7 +48,7 @@ class _Cells(KDWidget):
             order, _ = dark_order(self.numbers(self.T), self.cluster, self.classes)
             self.assign(row=order[cells[0][0]], col=order[cells[0][1]])
 
-# %% ../../nbs/api/widgets/10_dark.ipynb #8cd75918
+# %% ../../nbs/api/widgets/10_dark.ipynb #52dbfa4d
 class DarkKnowledge(_Cells):
     "What a teacher gives to the wrong classes, ordered by a tree of likeness, with the examples behind each cell."
     title = "Dark-knowledge matrix"
@@ -65,6 +65,7 @@ class DarkKnowledge(_Cells):
         hide=(),  # controls to leave out: "T", "cluster", "row", "col", "reset", "title"
     ):
         if logits is None:
+            figures.check_absent("logits", images=images, labels=labels)
             arrays = stored.load()
             logits, images, labels = arrays["teacher"][0], arrays["images"], arrays["labels"]
         self.logits = figures.check_logits(logits)

@@ -75,7 +75,7 @@ class _Training(KDWidget):
             yield f"training: step {self.step} of {STUDENT_STEPS}"
             self.step = min(self.step + 10, STUDENT_STEPS)
 
-# %% ../../nbs/api/widgets/22_distillery.ipynb #5479a525
+# %% ../../nbs/api/widgets/22_distillery.ipynb #11d81fba
 class Distillery(_Training):
     "Fields of a teacher, a student of labels and a student of the teacher in the plane, while they train."
     title = "Two-dimensional distillery"
@@ -89,6 +89,8 @@ class Distillery(_Training):
         class_names=None,  # names of the classes
         hide=(),  # controls to leave out: those of `race_controls`, "reset", "title"
     ):
+        if points is None:
+            figures.check_absent("points", labels=labels)
         self.own = None if points is None else check_points(points, labels)
         c = None if self.own is None else int(self.own[1].max()) + 1
         self.names = None if class_names is None else figures.check_names(class_names, c or len(class_names))

@@ -21,7 +21,7 @@ for timing in race({batch}, {classes}, dtype={dtype!r}):  # forward and backward
 BATCHES = (16, 64, 256, 1024)
 _WIDTH = {"float32": 4, "bfloat16": 2}
 
-# %% ../../nbs/api/widgets/41_kernels.ipynb #2235895f
+# %% ../../nbs/api/widgets/41_kernels.ipynb #0934694d
 class CompareKernels(KDWidget):
     "Time and memory of each backend against batch and classes, measured when asked."
     title = "Compare kernels"
@@ -38,6 +38,8 @@ class CompareKernels(KDWidget):
         budget:float=0.3,  # seconds for each batch
         hide=(),  # controls to leave out: "batch", "classes", "dtype", "measure", "reset", "title"
     ):
+        if not isinstance(measured, dict | None):
+            raise ValueError(f"measured must be what another view's `measured` holds, a dict; got {type(measured).__name__}")
         self.measured, self.budget = dict(measured or {}), budget
         super().__init__(hide)
 

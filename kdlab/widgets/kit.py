@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['KDFigure', 'shared_bundle', 'show', 'on_points', 'Panel', 'refresh', 'Work', 'write_view', 'KDWidget']
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #8cc93315
+# %% ../../nbs/api/widgets/00_kit.ipynb #20642e72
 import asyncio
+import functools
+import inspect
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -247,7 +249,10 @@ class Panel(anywidget.AnyWidget):
     busy = Unicode().tag(sync=True)
     can_reset = Bool(True).tag(sync=True)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #38a5eca7
+# %% ../../nbs/api/widgets/00_kit.ipynb #898357ad
+_NO_PICTURE = "There is no picture. The message below says what to give."
+
+
 def _message(problem:Exception) -> str:
     "What a learner reads about an exception."
     return str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
@@ -263,8 +268,10 @@ def refresh(
         shown = [c for c in view.controls(**state) if c["name"] not in view.hidden]
         show(view.fig, view.draw(**state))
         view.fig._alt = text
+        if view.fig not in view.children:
+            view.children = [view.panel, view.fig]
     except Exception as problem:  # whatever it is, a learner has to see it
-        text, error = "", _message(problem)
+        text, error = "" if view.fig in view.children else _NO_PICTURE, _message(problem)
     with view.panel.hold_sync():
         view.panel.text, view.panel.error = text, error
         view.panel.controls, view.panel.values = shown, {c["name"]: state[c["name"]] for c in shown if c["kind"] != "button"}
@@ -308,7 +315,7 @@ class Work:
         while self._step():
             await asyncio.sleep(0.01)  # the kernel hears the browser meanwhile
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #de017f26
+# %% ../../nbs/api/widgets/00_kit.ipynb #c265a21c
 def _page_controls(view, names):
     "The controls of a page. A value set from Python may lie between two steps of a slider: it becomes a step."
     state = view.state()
@@ -322,7 +329,14 @@ def _page_controls(view, names):
             c["texts"] = [f"{v:.4g}" for v in c["values"]]
     return kept
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #f390e3ad
+def _on_a_page(view, state):
+    "Figure and sentence of a state, or no figure and the message."
+    try:
+        return view.draw(**state), view.sentence(**state)
+    except ValueError as problem:
+        return None, _message(problem)
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #96793f63
 def write_view(
     view,  # a `KDWidget`
     path,  # the file to write
@@ -330,17 +344,17 @@ def write_view(
     bundle:str="inline",  # "file" puts plotly.min.js beside the page, for many pages in one folder
 ) -> Path:
     "Write a page that shows `view` from a file, without kernel or network."
-    state, kept = view.state(), _page_controls(view, controls)
+    state, kept = view.state(), _page_controls(view, [] if view.problem else controls)
     steps = list(itertools.product(*(range(len(c["values"])) for c in kept)))
     if len(steps) > 1000:
         raise ValueError(f"a page holds at most 1000 states, {list(controls)} have {len(steps)}: name fewer controls")
     states = {}
     for at in steps:
         here = state | {c["name"]: c["values"][i] for c, i in zip(kept, at)}
-        states[",".join(map(str, at))] = view.draw(**here), view.sentence(**here)
+        states[",".join(map(str, at))] = _on_a_page(view, here)
     values = {c["name"]: state[c["name"]] for c in kept}
-    html = figures.page(view.draw(**state), view.title, view.sentence(**state), view.caption, kept, values, states,
-                        bundle)
+    fig, text = _on_a_page(view, state)
+    html = figures.page(fig, view.title, text, view.caption, kept, values, states, bundle)
     return figures.write_page(path, html)
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #95525886
@@ -425,8 +439,42 @@ class _Buttons(_State):
         if self._work is not None:
             self._work.stop()
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #f70d2abf
-class KDWidget(_Buttons):
+# %% ../../nbs/api/widgets/00_kit.ipynb #b9b625b4
+def _or_tell(
+    build:Callable,  # the `__init__` of a view
+) -> Callable:
+    "`build`, but data that cannot be shown make a view that says so."
+    @functools.wraps(build)
+    def init(self, *args, **kwargs):
+        inspect.signature(build).bind(self, *args, **kwargs)
+        try:
+            build(self, *args, **kwargs)
+        except Exception as problem:  # whatever was given, a learner has to see what is wrong with it
+            if hasattr(self, "panel"):
+                raise  # the data were fine
+            self._give_up(problem)
+    return init
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #f4af2fc8
+class _Telling(_Buttons):
+    "A view that is made in any case."
+    problem = None  # the exception of data that cannot be shown
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _or_tell(cls.__init__)
+
+    def _give_up(self, problem):
+        "Be a view without picture and controls, and with a message."
+        def fail(**state):
+            raise ValueError(_message(problem)) from problem
+        self.draw = self.sentence = self.code = fail
+        self.controls, self.settle, self.problem = lambda **state: [], lambda changed: None, problem
+        KDWidget.__init__(self, hide=["reset"])
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #abd10f3b
+class KDWidget(_Telling):
     "Base of kdlab's live views: a panel with controls above a figure."
     title = ""
     caption = ""  # what to look for; stands below the exported page
@@ -436,7 +484,7 @@ class KDWidget(_Buttons):
 
     def __init__(self, hide=(), **state):
         self.panel, self.fig = Panel(), KDFigure()
-        super().__init__([self.panel, self.fig])
+        super().__init__([self.panel])
         self.add_class("kd-widget")
         self.assign(**state)
         self._start = self.state()
@@ -464,8 +512,8 @@ class KDWidget(_Buttons):
         "The live view; with KDLAB_STATIC=1 the picture and its sentence, which a converted notebook shows without network."
         if os.environ.get("KDLAB_STATIC", "0") == "0":
             return super()._repr_mimebundle_(**kwargs)
-        text = self.panel.text or self.panel.error
-        return {"text/plain": f"{self.title}. {text}", "text/html": figures.snippet(go.Figure(self.fig), self.title, text)}
+        text, fig = (self.panel.error, None) if self.panel.error else (self.panel.text, go.Figure(self.fig))
+        return {"text/plain": f"{self.title}. {text}", "text/html": figures.snippet(fig, self.title, text)}
 
     def to_html(self, path, controls=None, bundle:str="inline") -> Path:
         "Write the view to a page that needs no kernel and no network; see `write_view`."

@@ -66,7 +66,7 @@ class _Training(KDWidget):
         self.run, self.history = result, list(result.history)
         refresh(self)
 
-# %% ../../nbs/api/widgets/42_live.ipynb #887e6b89
+# %% ../../nbs/api/widgets/42_live.ipynb #136f109f
 class LiveRun(_Training):
     "Loss, accuracy and agreement of a run while it trains; `run` is what `kd.distill` returns."
     title = "Live run"
@@ -84,6 +84,8 @@ class LiveRun(_Training):
         hide=(),  # "start", "log_loss", "reset", "title"
         **options,  # of `kd.distill`, such as losses= and lr=
     ):
+        if not hasattr(student, "state_dict"):
+            raise ValueError(f"student must be a torch module, which is trained; got {type(student).__name__}")
         self.student, self.epochs, self.run, self.history = student, epochs, None, []
         self._given = dict(teacher=teacher, train=train, valid=valid, epochs=epochs, progress=False) | options
         self._first = {name: value.detach().clone() for name, value in student.state_dict().items()}

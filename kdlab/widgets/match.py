@@ -66,7 +66,7 @@ def check_features(
             raise ValueError(f"{name}[{layer!r}] is the same for all examples: there is nothing to compare")
     return out
 
-# %% ../../nbs/api/widgets/23_match.ipynb #93d043df
+# %% ../../nbs/api/widgets/23_match.ipynb #bcc0dc0e
 def given_layers(teacher_features, student_features, labels, images) -> dict:
     "The same as `stored_layers`, from the reader's own features."
     nets = [check_features(f, n) for f, n in ((teacher_features, "teacher_features"),
@@ -77,7 +77,7 @@ def given_layers(teacher_features, student_features, labels, images) -> dict:
     t, s = (list(net.values()) for net in nets)
     cka = np.array([[linear_cka(x, y) for y in s] for x in t])[None, None, None]
     teacher, student = (np.stack([plane(x) for x in net])[None] for net in (t, s))
-    labels = np.zeros(*counts, int) if labels is None else figures.to_numpy(labels)
+    labels = np.zeros(*counts, int) if labels is None else figures.check_labels(labels, *counts)
     return dict(layers=(list(nets[0]), list(nets[1])), cka=cka, teacher=teacher, student=student[None, None],
                 labels=labels, images=images, moments=(0,))
 
@@ -119,7 +119,7 @@ class _Pair(KDWidget):
         elif trace in clouds:
             self.example = i
 
-# %% ../../nbs/api/widgets/23_match.ipynb #e97d948c
+# %% ../../nbs/api/widgets/23_match.ipynb #f9b23d9e
 class LayerMatch(_Pair):
     "CKA of all pairs of layers of teacher and student, and both layers of one pair in a plane."
     title = "Layer match"
@@ -135,8 +135,11 @@ class LayerMatch(_Pair):
         hide=(),  # of "hint", "step", "seed", "teacher", "student", "example", "klass", "reset", "title"
     ):
         self.own = teacher_features is not None
+        if not self.own:
+            figures.check_absent("teacher_features", student_features=student_features, labels=labels, images=images)
         it = given_layers(teacher_features, student_features, labels, images) if self.own else stored_layers()
-        n, c = it["teacher"].shape[2], len(class_names) if class_names is not None else int(it["labels"].max()) + 1
+        n = it["teacher"].shape[2]
+        c = int(it["labels"].max()) + 1 if class_names is None else len(figures.check_list(class_names, "class_names"))
         self.layers, self.cka, self.planes = it["layers"], it["cka"], (it["teacher"], it["student"])
         self.labels, self.images = figures.check_labels(it["labels"], n, c), figures.check_images(it["images"], n)
         self.names, self.moments = figures.check_names(class_names, c), it["moments"]

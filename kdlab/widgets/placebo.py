@@ -23,15 +23,14 @@ gain = last[:, {arm}] - last[:, 0]               # over "{first}", paired by see
 mean, error = gain.mean(), gain.std(ddof=1) / np.sqrt(len(gain))
 """
 
-# %% ../../nbs/api/widgets/06_placebo.ipynb #071488e3
+# %% ../../nbs/api/widgets/06_placebo.ipynb #156f1d1c
 def _check_scores(scores, steps, arms):
     "Scores of each task as (S, A, K)."
-    want = (len(arms), len(steps))
-    for task, runs in scores.items():
-        if figures.to_numpy(runs).ndim != 3 or figures.to_numpy(runs).shape[1:] != want:
-            raise ValueError(f"scores[{task!r}] must have shape (seeds, {want[0]}, {want[1]}), one score for each arm and "
-                             f"step; got {figures.to_numpy(runs).shape}")
-    return [figures.to_numpy(runs) for runs in scores.values()]
+    if not isinstance(scores, dict) or not scores:
+        raise ValueError("scores must be a dict of arrays (seeds, arms, steps) by task, such as {'my task': x}; "
+                         f"got {type(scores).__name__}")
+    shape = len(arms), len(steps)
+    return [figures.check_scores(runs, shape, "one for each arm and step", f"scores[{task!r}]") for task, runs in scores.items()]
 
 
 def _check_targets(targets, images, labels, class_names, arms):
@@ -59,7 +58,7 @@ class _Images(KDWidget):
         i = figures.check_index(example, self.targets.shape[1], "example")
         return self.targets[:, i], self.images[i], int(self.labels[i])
 
-# %% ../../nbs/api/widgets/06_placebo.ipynb #ca879efe
+# %% ../../nbs/api/widgets/06_placebo.ipynb #2f02894c
 class PlaceboTeacher(_Images):
     "Scores of students of the true teacher and of placebos with the same entropy."
     title = "Placebo teacher"
@@ -78,12 +77,15 @@ class PlaceboTeacher(_Images):
         hide=(),  # controls to leave out: "task", "arm", "example", "reset", "title"
     ):
         if scores is None:
+            figures.check_absent("scores", steps=steps, arms=arms, targets=targets, images=images, labels=labels)
             arrays = stored.load()
             scores = dict(zip(SETTINGS, (arrays["placebo_same"], arrays["placebo_unseen"])))
             steps, arms = stored.STEPS, stored.ARMS
             targets, images = arrays["placebo_targets"][0], arrays["placebo_images"][0]
             labels = targets[0].argmax(-1)
-        self.tasks, self.scores, self.steps, self.arms = list(scores), _check_scores(scores, steps, arms), list(steps), list(arms)
+        self.steps, self.arms = figures.check_list(steps, "steps"), figures.check_list(arms, "arms")
+        self.scores = _check_scores(scores, self.steps, self.arms)
+        self.tasks = list(scores)
         self.targets, self.images, self.labels, self.names = _check_targets(targets, images, labels, class_names, len(self.arms))
         self._controls = [figures.choice("task", "Task", range(len(self.tasks)), self.tasks),
                           figures.choice("arm", "Targets", range(len(self.arms)), self.arms)]

@@ -40,7 +40,7 @@ _EDGES = ("np.linspace(0, 1, {bins} + 1)",
           "np.concatenate([[0], np.quantile(confidence, np.arange(1, {bins}) / {bins}), [1]])")
 T_STEPS = [0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0]
 
-# %% ../../nbs/api/widgets/20_reliability.ipynb #8faa73fd
+# %% ../../nbs/api/widgets/20_reliability.ipynb #d5fd99a6
 def stored_models() -> tuple[dict, np.ndarray, np.ndarray]:
     "Logits (S, K, N, C) of teacher and students by name, labels, and images of the stored runs."
     arrays = stored.load()
@@ -51,6 +51,8 @@ def stored_models() -> tuple[dict, np.ndarray, np.ndarray]:
 def given_models(logits) -> dict:
     "Logits (S, 1, N, C) by name, from one array (N, C) or (S, N, C) or a dict of them."
     named = logits if isinstance(logits, dict) else {"logits": logits}
+    if not named:
+        raise ValueError("logits must hold at least one model, such as {'student': z} with z of shape (N, C)")
     models = {str(name): figures.check_runs(z, f"logits of {name}" if name != "logits" else name)[:, None]
               for name, z in named.items()}
     if len(shapes := {m.shape[2:] for m in models.values()}) > 1:
@@ -85,7 +87,7 @@ class _Models(KDWidget):
     def press(self, name):
         self.T = self._curves(self.model, self.step, self.seed, self.bins, self.equal_mass)["best"]
 
-# %% ../../nbs/api/widgets/20_reliability.ipynb #7f8dfd3e
+# %% ../../nbs/api/widgets/20_reliability.ipynb #90395ac1
 class Reliability(_Models):
     "Reliability diagram with ECE, its interval and the best temperature after training."
     title = "Reliability"
@@ -100,6 +102,8 @@ class Reliability(_Models):
         hide=(),  # controls to leave out: "model", "step", "seed", "bins", "T", "equal_mass", "best", "reset", "title"
     ):
         own = logits is None
+        if own:
+            figures.check_absent("logits", labels=labels, images=images)
         self.models, labels, images = stored_models() if own else (given_models(logits), labels, images)
         seeds, steps, n, c = next(iter(self.models.values())).shape
         if labels is None:

@@ -76,7 +76,7 @@ class _Points(KDWidget):
             refresh(self)
         self.assign(**state)
 
-# %% ../../nbs/api/widgets/13_simplex.ipynb #82005daf
+# %% ../../nbs/api/widgets/13_simplex.ipynb #d223edee
 class Simplex(_Points):
     "Teacher and student as points of a triangle: the landscape of each loss, and the way down in it."
     title = "Simplex"
@@ -92,7 +92,9 @@ class Simplex(_Points):
         hide=(),  # controls to leave out: "loss", "example", "teacher_first", ..., "reset", "title"
     ):
         c, start = 3, {}
-        if teacher_logits is not None:
+        if teacher_logits is None:
+            figures.check_absent("teacher_logits", student_logits=student_logits, labels=labels)
+        else:
             self.own = figures.check_both(teacher_logits, student_logits, labels)
             c = self.own[0].shape[1]
             if c < 3:

@@ -47,7 +47,7 @@ class _Weights(KDWidget):
         i = figures.check_index(example, len(self.labels), "example")
         return split_numbers(self.teacher[i], self.student[i], self.labels[i], T, confidence)
 
-# %% ../../nbs/api/widgets/12_split.ipynb #59ef9b8d
+# %% ../../nbs/api/widgets/12_split.ipynb #7d9c129e
 class DKDSplit(_Weights):
     "The two parts of the soft loss, target or not and which other class, with KD's weights and with free ones."
     title = "DKD split"
@@ -63,6 +63,7 @@ class DKDSplit(_Weights):
         hide=(),  # controls to leave out: "alpha", "beta", "confidence", "T", "example", "reset", "title"
     ):
         if teacher_logits is None:
+            figures.check_absent("teacher_logits", student_logits=student_logits, labels=labels)
             arrays = stored.load()
             teacher_logits, student_logits, labels = arrays["teacher"][0], arrays["students"][0, 0, 1], arrays["labels"]
         self.teacher, self.student, self.labels = figures.check_both(teacher_logits, student_logits, labels)

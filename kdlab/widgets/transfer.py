@@ -22,7 +22,7 @@ accuracy, fidelity = scores[:, {size}, {source}].T      # {n} inputs from {name}
 means = accuracy.mean(), fidelity.mean()
 """
 
-# %% ../../nbs/api/widgets/08_transfer.ipynb #d876ba7b
+# %% ../../nbs/api/widgets/08_transfer.ipynb #c4730c2b
 class TransferSet(KDWidget):
     "Accuracy and agreement with the teacher against size and source of the transfer set."
     title = "Transfer set"
@@ -38,11 +38,10 @@ class TransferSet(KDWidget):
         hide=(),  # controls to leave out: "size", "source", "fidelity", "reset", "title"
     ):
         if scores is None:
+            figures.check_absent("scores", sizes=sizes, sources=sources)
             scores, sizes, sources = stored.load()["transfer"], stored.SIZES, stored.SOURCES
-        scores = figures.to_numpy(scores)
-        if scores.ndim != 4 or scores.shape[1:] != (len(sizes), len(sources), 2):
-            raise ValueError(f"scores must have shape (seeds, {len(sizes)}, {len(sources)}, 2): accuracy and fidelity in "
-                             f"percent for each size and source; got {scores.shape}")
+        sizes, sources = figures.check_list(sizes, "sizes"), figures.check_list(sources, "sources")
+        scores = figures.check_scores(scores, (len(sizes), len(sources), 2), "accuracy and fidelity for each size and source")
         self.shown = scores, tuple(sizes), tuple(sources)
         self._controls = [figures.slider("size", "Inputs", range(len(sizes)), [str(n) for n in sizes]),
                           figures.choice("source", "Source", range(len(sources)), sources),

@@ -205,6 +205,11 @@ def semckd(apart, keys):
     return (attention * apart).sum((1, 2)).mean() / 2
 
 
+def factors(s, t):
+    one = lambda x: unit(x.reshape(len(x), -1))
+    return mean(absolute(one(s) - one(t)))
+
+
 def contrast(pair, others, noise=6.0):
     "h = e^a / (e^a + K · mean), right for the pair and wrong for the others."
     noise = noise * np.exp(LOG_MEAN)
@@ -301,6 +306,9 @@ def goldens():
         "semckd": entry(lambda s, t, mask=None: semckd(s, t), APART, KEY, whole=True, masks=False, **{
             "mean over pairs": APART.mean(), "softmax over student layers": (np.exp(unit(QUERY) @ unit(KEY).transpose(0, 2, 1))
             / np.exp(unit(QUERY) @ unit(KEY).transpose(0, 2, 1)).sum(1, keepdims=True) * APART).sum((1, 2)).mean() / 2}),
+        "factors": entry(factors, symmetric=True, entries=40, **{
+            "squares": over_samples(mean((unit(S.reshape(B, -1)) - unit(Z.reshape(B, -1)))**2)),
+            "each channel of length 1": over_samples(mean(absolute(unit(flat(S)) - unit(flat(Z)))))}),
         "contrast": entry(lambda s, t, mask=None: contrast(s, t), PAIR, OTHERS, whole=True, masks=False, **{
             "no constant": contrast(PAIR, OTHERS, 1.0), "mean over the others": (
                 contrast(PAIR, OTHERS) - contrast(PAIR, OTHERS[:, :0])) / 6 + contrast(PAIR, OTHERS[:, :0])}),
