@@ -12,6 +12,7 @@ struct Corner {
     double *slope, *inverse;
     F64 loss = {};
 
+    Corner() {}
     Corner(const AngleJob& a, int64_t corner, double* memory) : j(corner) {
         double** rows[] = {&n, &ns, &m, &mt, &slope, &inverse};
         for (double** row : rows) {
@@ -102,22 +103,25 @@ inline void pairs_of_row(const AngleJob& a, int64_t i, double* part, Corners&...
     with_arms(Arm(a, corners, i)...);
 }
 
-template <int kCorners, bool kGrad>
-void corners_at(const AngleJob& a, int64_t j, double* part, double* diagonal, double* memory) {
-    const int64_t B = a.count;
-    Corner both[] = {Corner(a, j, memory), Corner(a, j + kCorners - 1, memory + 6 * a.room())};
-    for (int64_t i = 0; i < B; ++i) {
-        if (kCorners == 2) pairs_of_row<kGrad>(a, i, part, both[0], both[1]);
-        else pairs_of_row<kGrad>(a, i, part, both[0]);
-    }
-    for (int x = 0; x < kCorners; ++x) a.rows[j + x] = sum_of(both[x].loss);
-    for (int x = 0; kGrad && x < kCorners; ++x) {
-        const Corner& c = both[x];
+// Corners [begin, end), which stay in the second cache together with a few rows of what they add to.
+template <bool kGrad>
+void corners_at(const AngleJob& a, int64_t begin, int64_t end, double* part, double* diagonal, double* memory) {
+    const int64_t B = a.count, rows = std::max(AngleJob::tile, 4096 / a.room());
+    Corner corners[AngleJob::together];
+    for (int64_t j = begin; j < end; ++j) corners[j - begin] = Corner(a, j, memory + 6 * (j - begin) * a.room());
+    for (int64_t first = 0; first < B; first += rows)
+        for (int64_t c = 0; c < end - begin; c += 2)
+            for (int64_t i = first; i < std::min(B, first + rows); ++i) {
+                if (c + 1 < end - begin) pairs_of_row<kGrad>(a, i, part, corners[c], corners[c + 1]);
+                else pairs_of_row<kGrad>(a, i, part, corners[c]);
+            }
+    for (const Corner* c = corners; c < corners + (end - begin); ++c) {
+        a.rows[c->j] = sum_of(c->loss);
         // From c and from n_ij to the entries that they were made of: G_ij, also as G_jk of the pair seen from k, G_jj, G_ii.
-        for (int64_t i = 0; i < B; ++i) {
-            const double slope = c.slope[i], inverse = c.n[i] * c.n[i] * c.inverse[i];
-            a.grad[c.j * B + i] = 2 * (inverse - slope);
-            diagonal[c.j] += slope - inverse;
+        for (int64_t i = 0; kGrad && i < B; ++i) {
+            const double slope = c->slope[i], inverse = c->n[i] * c->n[i] * c->inverse[i];
+            a.grad[c->j * B + i] = 2 * (inverse - slope);
+            diagonal[c->j] += slope - inverse;
             diagonal[i] -= inverse;
         }
     }
@@ -131,10 +135,9 @@ void angle_blocks(const AngleJob& a, int64_t begin, int64_t end, double* memory)
             std::memset(part, 0, sizeof(double) * a.part_size());
             std::memset(diagonal, 0, sizeof(double) * a.count);
         }
-        int64_t j = a.count * b / a.blocks;
         const int64_t last = a.count * (b + 1) / a.blocks;
-        for (; j + 2 <= last; j += 2) corners_at<2, kGrad>(a, j, part, diagonal, memory);
-        if (j < last) corners_at<1, kGrad>(a, j, part, diagonal, memory);
+        for (int64_t j = a.count * b / a.blocks; j < last; j += a.corners())
+            corners_at<kGrad>(a, j, std::min(last, j + a.corners()), part, diagonal, memory);
     }
 }
 

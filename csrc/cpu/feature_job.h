@@ -34,7 +34,7 @@ struct FeatureJob : kdlab_features {
 // Angles: the corners go to a few blocks, whatever the threads. The gradient at the entries of a corner's own row is written
 // where it belongs; what every corner adds to at the entries of pairs (i, k) comes into a part for each block.
 struct AngleJob : kdlab_angles {
-    static constexpr int64_t tile = 8;
+    static constexpr int64_t tile = 8, together = 16;
     const double *student_own, *teacher_own;    // diagonals of the Gram matrices
     int64_t blocks;
     double* rows;                               // [count]: loss at each corner
@@ -48,7 +48,8 @@ struct AngleJob : kdlab_angles {
         return tile * (t * room() - tile * t * (t - 1) / 2) + (i - t * tile) * (room() - t * tile) - t * tile;
     }
     int64_t part_size() const { return row_of_part(room()) + room(); }
-    size_t scratch_bytes() const { return 2 * 6 * sizeof(double) * room(); }
+    int64_t corners() const { return std::max<int64_t>(2, std::min(together, 4096 / room())); }    // at a time
+    size_t scratch_bytes() const { return corners() * 6 * sizeof(double) * room(); }
 };
 
 // Gram matrices, one piece of columns after the other. Every entry belongs to one tile, so that threads do not matter.

@@ -87,13 +87,17 @@ public:
 
     // Four rows of one side with four of the other
     void tile(const GramJob::Tile& at) const {
+        constexpr int64_t together = 64 * lanes<V>;         // columns, before a sum goes on in double
+        for (int64_t from = 0; from < job.width; from += together) tile(at, from, std::min(job.width, from + together));
+    }
+    void tile(const GramJob::Tile& at, int64_t from, int64_t end) const {
         constexpr int rows = sizeof(V) == 64 ? 4 : 2;       // as many sums as there are registers
         for (int64_t i = at.i; i < at.i + 4; i += rows) {
             const R *a[rows], *b[4];
             V sum[rows][4] = {};
             for (int k = 0; k < rows; ++k) a[k] = row(at.teacher ? 2 : 0, i + k);
             for (int k = 0; k < 4; ++k) b[k] = row(at.teacher ? 2 : job.pair() ? 1 : 0, at.j + k);
-            for (int64_t c = 0; c < job.width; c += lanes<V>) {
+            for (int64_t c = from; c < end; c += lanes<V>) {
                 V x[rows];
                 for (int k = 0; k < rows; ++k) x[k] = load(a[k] + c);
                 for (int m = 0; m < 4; ++m) {
@@ -111,6 +115,7 @@ public:
                     }
         }
     }
+
     // Gradient of columns, in sixty-fours: weights times the piece
     void product(int64_t begin, int64_t end) const {
         for (int64_t at = begin * 64; at < end * 64; at += 4 * lanes<V>)
