@@ -5,7 +5,8 @@
 // a_i = G_ij - G_jj, the cosine is n_ij u; with g the slope of smooth L1, d loss / d G_ik = g n_ij n_jk.
 namespace KDLAB_ISA {
 
-// Of one corner j: rows [count] that the pairs read, and where they leave sums for k (of g n_ij, and of g times the cosine).
+// Of one corner j: rows [count] that the pairs read, and where they leave sums over i (of d loss / d G_ik, and of g
+// times the cosine).
 struct Corner {
     int64_t j;
     double *n, *ns, *m, *mt;        // one over the distances from j, and Gram entries times that: student's, teacher's
@@ -41,7 +42,7 @@ private:
     }
 };
 
-// What a corner and row i have in common, and their sums over k: of the loss, of g n_jk, and of g u.
+// What a corner and row i have in common, and the same sums over k.
 struct Arm {
     const double *n_row, *ns_row, *m_row, *mt_row;
     double *slope_row, *inverse_row;

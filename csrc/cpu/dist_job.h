@@ -24,7 +24,8 @@ struct Pearson {
         const double p = x.q + x.d, bb = x.pp - p * p / n;
         apart = 1 + 0 * (aa + bb);
         const double all = n * mean * mean;
-        if (!(aa > noise * (x.qq + 2 * mean * x.q + all) && bb > noise * (x.pp + 2 * mean * p + all))) return;   // constant (or NaN): no slope
+        const double of_q = noise * (x.qq + 2 * mean * x.q + all), of_p = noise * (x.pp + 2 * mean * p + all);
+        if (!(aa > of_q && bb > of_p)) return;                  // constant (or NaN): no slope
         const double a = std::sqrt(aa), b = std::sqrt(bb), longer = (2 * ea + ee) / (a + b);
         apart = std::max(0.0, ee - longer * longer) / (2 * a * b);
         if (n <= 2) return;                                     // two points always lie on a line
