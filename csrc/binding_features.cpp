@@ -49,6 +49,28 @@ void angles(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t out, int
     kdlab_angles_cpu(&a);
 }
 
+void gram(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t gram, intptr_t teacher_gram, intptr_t slopes,
+          intptr_t grad, int student_dtype, int teacher_dtype, int wide, bool centre, int64_t count, int64_t columns,
+          int threads) {
+    kdlab_gram a;
+    a.student = pointer<const void>(student);
+    a.teacher = pointer<const void>(teacher);
+    a.mask = pointer<const uint8_t>(mask);
+    a.gram = pointer<double>(gram);
+    a.teacher_gram = pointer<double>(teacher_gram);
+    a.slopes = pointer<const double>(slopes);
+    a.grad = pointer<void>(grad);
+    a.student_dtype = student_dtype;
+    a.teacher_dtype = teacher_dtype;
+    a.wide = wide;
+    a.centre = centre;
+    a.count = count;
+    a.columns = columns;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    kdlab_gram_cpu(&a);
+}
+
 void dist(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_in, intptr_t grad, intptr_t out, int dtype,
           int loss_dtype, int64_t rows, int64_t cols, int64_t student_stride, int64_t teacher_stride, double T, double factor,
           int threads) {
@@ -77,5 +99,6 @@ void dist(intptr_t student, intptr_t teacher, intptr_t mask, intptr_t grad_in, i
 void bind_features(py::module_& m) {
     m.def("features", &features, "Losses on features, a value for each sample; see csrc/kdlab_features.h.");
     m.def("angles", &angles, "Smooth L1 between the angles of all triangles; see csrc/kdlab_features.h.");
+    m.def("gram", &gram, "Gram matrices of samples, and their gradient; see csrc/kdlab_features.h.");
     m.def("dist", &dist, "DIST on logits; see csrc/kdlab_features.h.");
 }

@@ -48,6 +48,26 @@ typedef struct kdlab_angles {
 
 void kdlab_angles_cpu(const kdlab_angles* a);
 
+// Gram matrices of samples, X X^T, or of a student and a teacher of the same width, T T^T and from it S S^T, with the digits
+// of S S^T - T T^T = (D W^T + W D^T) / 2, D = S - T, W = S + T. Or the gradient that comes back from X X^T. Samples that do not
+// count are zeros, and where asked the mean of the others is taken out first.
+typedef struct kdlab_gram {
+    const void* student;        // [count, columns], contiguous
+    const void* teacher;        // the same, or absent
+    const uint8_t* mask;        // [count]; 1: the sample counts
+    double* gram;               // [count, count]
+    double* teacher_gram;
+    const double* slopes;       // [count, count]: d loss / d gram; where given, grad is filled instead
+    void* grad;                 // [count, columns], contiguous, dtype of the student: (slopes + slopes^T) X
+    int student_dtype, teacher_dtype;
+    int wide;                   // KDLAB_F32 or KDLAB_F64: what products are made in
+    int centre;                 // without a teacher only
+    int64_t count, columns;
+    int threads;
+} kdlab_gram;
+
+void kdlab_gram_cpu(const kdlab_gram* a);
+
 // DIST on logits: factor * (mean over rows of 1 - Pearson(p, q) + mean over columns of the same), p = softmax(student / T).
 // A constant row or column counts as uncorrelated.
 typedef struct kdlab_dist {

@@ -5,13 +5,15 @@
 // a_i = G_ij - G_jj, the cosine is n_ij u; with g the slope of smooth L1, d loss / d G_ik = g n_ij n_jk.
 namespace KDLAB_ISA {
 
-// Of one corner j: rows [count] that the pairs read, and where they leave sums for k (of g n_ij, and of g times the cosine).
+// Of one corner j: rows [count] that the pairs read, and where they leave sums over i (of d loss / d G_ik, and of g
+// times the cosine).
 struct Corner {
     int64_t j;
     double *n, *ns, *m, *mt;        // one over the distances from j, and Gram entries times that: student's, teacher's
     double *slope, *inverse;
     F64 loss = {};
 
+    Corner() {}
     Corner(const AngleJob& a, int64_t corner, double* memory) : j(corner) {
         double** rows[] = {&n, &ns, &m, &mt, &slope, &inverse};
         for (double** row : rows) {
@@ -40,7 +42,7 @@ private:
     }
 };
 
-// What a corner and row i have in common, and their sums over k: of the loss, of g n_jk, and of g u.
+// What a corner and row i have in common, and the same sums over k.
 struct Arm {
     const double *n_row, *ns_row, *m_row, *mt_row;
     double *slope_row, *inverse_row;
@@ -102,22 +104,25 @@ inline void pairs_of_row(const AngleJob& a, int64_t i, double* part, Corners&...
     with_arms(Arm(a, corners, i)...);
 }
 
-template <int kCorners, bool kGrad>
-void corners_at(const AngleJob& a, int64_t j, double* part, double* diagonal, double* memory) {
-    const int64_t B = a.count;
-    Corner both[] = {Corner(a, j, memory), Corner(a, j + kCorners - 1, memory + 6 * a.room())};
-    for (int64_t i = 0; i < B; ++i) {
-        if (kCorners == 2) pairs_of_row<kGrad>(a, i, part, both[0], both[1]);
-        else pairs_of_row<kGrad>(a, i, part, both[0]);
-    }
-    for (int x = 0; x < kCorners; ++x) a.rows[j + x] = sum_of(both[x].loss);
-    for (int x = 0; kGrad && x < kCorners; ++x) {
-        const Corner& c = both[x];
+// Corners [begin, end), which stay in the second cache together with a few rows of what they add to.
+template <bool kGrad>
+void corners_at(const AngleJob& a, int64_t begin, int64_t end, double* part, double* diagonal, double* memory) {
+    const int64_t B = a.count, rows = std::max(AngleJob::tile, 4096 / a.room());
+    Corner corners[AngleJob::together];
+    for (int64_t j = begin; j < end; ++j) corners[j - begin] = Corner(a, j, memory + 6 * (j - begin) * a.room());
+    for (int64_t first = 0; first < B; first += rows)
+        for (int64_t c = 0; c < end - begin; c += 2)
+            for (int64_t i = first; i < std::min(B, first + rows); ++i) {
+                if (c + 1 < end - begin) pairs_of_row<kGrad>(a, i, part, corners[c], corners[c + 1]);
+                else pairs_of_row<kGrad>(a, i, part, corners[c]);
+            }
+    for (const Corner* c = corners; c < corners + (end - begin); ++c) {
+        a.rows[c->j] = sum_of(c->loss);
         // From c and from n_ij to the entries that they were made of: G_ij, also as G_jk of the pair seen from k, G_jj, G_ii.
-        for (int64_t i = 0; i < B; ++i) {
-            const double slope = c.slope[i], inverse = c.n[i] * c.n[i] * c.inverse[i];
-            a.grad[c.j * B + i] = 2 * (inverse - slope);
-            diagonal[c.j] += slope - inverse;
+        for (int64_t i = 0; kGrad && i < B; ++i) {
+            const double slope = c->slope[i], inverse = c->n[i] * c->n[i] * c->inverse[i];
+            a.grad[c->j * B + i] = 2 * (inverse - slope);
+            diagonal[c->j] += slope - inverse;
             diagonal[i] -= inverse;
         }
     }
@@ -131,10 +136,9 @@ void angle_blocks(const AngleJob& a, int64_t begin, int64_t end, double* memory)
             std::memset(part, 0, sizeof(double) * a.part_size());
             std::memset(diagonal, 0, sizeof(double) * a.count);
         }
-        int64_t j = a.count * b / a.blocks;
         const int64_t last = a.count * (b + 1) / a.blocks;
-        for (; j + 2 <= last; j += 2) corners_at<2, kGrad>(a, j, part, diagonal, memory);
-        if (j < last) corners_at<1, kGrad>(a, j, part, diagonal, memory);
+        for (int64_t j = a.count * b / a.blocks; j < last; j += a.corners())
+            corners_at<kGrad>(a, j, std::min(last, j + a.corners()), part, diagonal, memory);
     }
 }
 

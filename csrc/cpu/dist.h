@@ -17,6 +17,14 @@ inline void in_double(F32 x, F32 y, Body body) {
     if (half < lanes<F32>) body(half, high_half(x), high_half(y));
 }
 
+// The first n lanes; zeros in the others
+template <class V>
+inline V first(V x, int n) {
+    Real<V> lane[lanes<V>];
+    store(lane, x);
+    return load_part(lane, n, V{});
+}
+
 // Sums of one or of each lane's column
 struct Moments {
     F64 q = {}, d = {}, qq = {}, qd = {}, dd = {}, pp = {};
@@ -51,40 +59,74 @@ class DistRows {
 
     const R* column(int k) const { return static_cast<const R*>(job.columns) + k * room; }
 
-    double largest(const E* x) const {
+    double largest(const E* x, int64_t n) const {
         V top = low;
-        along_row<V>(cols, [&](int64_t i) { top = max(top, load(x + i)); },
-                     [&](int64_t i, int n) { top = max(top, load_part(x + i, n, low)); }, [] {});
+        along_row<V>(n, [&](int64_t i) { top = max(top, load(x + i)); },
+                     [&](int64_t i, int k) { top = max(top, load_part(x + i, k, low)); }, [] {});
         return max_of(top);
     }
 
-    // exp((x - top) / T) into e, whole vectors with zeros behind the end; one over their sum
-    double exponentials(const E* x, double top, R* e) const {
-        RowSum<V> sum;
-        const V from = all<V>(R(top));
-        auto one = [&](int64_t i, V v) {
-            V y = quick_exp(v - from, temperature);
-            store(e + i, y);
-            sum.add(y);
-        };
-        along_row<V>(cols, [&](int64_t i) { one(i, load(x + i)); },
-                     [&](int64_t i, int n) { one(i, load_part(x + i, n, low)); }, [&] { sum.carry(); });
-        return 1 / sum.total();
+    // exp((x - top) / T) of both sides into es and et, whole vectors with zeros behind the end, and one over their sums. What
+    // a top is does not matter, as long as nothing is much larger: mostly the largest of the first elements does for it.
+    void exponentials(DistRow& row, const E* s, const E* t, R* es, R* et) const {
+        const int64_t few = std::min<int64_t>(cols, 8 * lanes<V>);
+        row.top_s = largest(s, few);
+        row.top_t = largest(t, few);
+        for (bool again = true; again;) {
+            RowSum<V> zs, zt;
+            V most_s = low, most_t = low;
+            const V from_s = all<V>(R(row.top_s)), from_t = all<V>(R(row.top_t));
+            auto one = [&](int64_t i, V a, V b) {
+                V x = quick_exp(a - from_s, temperature), y = quick_exp(b - from_t, temperature);
+                store(es + i, x);
+                store(et + i, y);
+                most_s = max(most_s, a);
+                most_t = max(most_t, b);
+                zs.add(x);
+                zt.add(y);
+            };
+            along_row<V>(cols, [&](int64_t i) { one(i, load(s + i), load(t + i)); },
+                         [&](int64_t i, int n) { one(i, load_part(s + i, n, low), load_part(t + i, n, low)); },
+                         [&] { zs.carry(); zt.carry(); });
+            row.over_s = 1 / zs.total();
+            row.over_t = 1 / zt.total();
+            again = false;
+            auto raise = [&](double& top, double largest) {
+                if (!(largest > top && !(largest <= top + 2.5 * job.T))) return;
+                top = largest;
+                again = true;
+            };
+            raise(row.top_s, max_of(most_s));
+            raise(row.top_t, max_of(most_t));
+        }
     }
 
-    // p and q, where the row is not close: each with all its digits, and their difference exact in double
+    // p and q, where the row is not close. Their moments about 1 / cols, the mean of both, lose no digits as the sums of the
+    // logits' precision that they are.
     PairSums plain_row(const DistRow& row, const E* next_s, const E* next_t, R* es, R* et) const {
-        const V over_s = all<V>(R(row.over_s)), over_t = all<V>(R(row.over_t));
-        Moments m;
-        for (int64_t i = 0; i < cols; i += lanes<V>) {
-            V q = load(et + i) * over_t, p = load(es + i) * over_s;
+        const V over_s = all<V>(R(row.over_s)), over_t = all<V>(R(row.over_t)), mean = all<V>(R(1 / double(cols)));
+        RowSum<V> sq, sd, qq, qd, dd, pp;
+        auto one = [&](int64_t i, V q, V p, V a, V b) {
             store(et + i, q);
             store(es + i, p);
             fetch(next_s + i);                              // spread over the work, or memory would make it wait
             fetch(next_t + i);
-            in_double(q, p, [&](int, F64 x, F64 y) { m.add(x, y - x); });
-        }
-        return m.total();
+            const V d = p - q;
+            sq.add(a);
+            sd.add(d);
+            qq.add(a * a);
+            qd.add(a * d);
+            dd.add(d * d);
+            pp.add(b * b);
+        };
+        along_row<V>(cols, [&](int64_t i) {
+            const V q = load(et + i) * over_t, p = load(es + i) * over_s;
+            one(i, q, p, q - mean, p - mean);
+        }, [&](int64_t i, int n) {
+            const V q = load(et + i) * over_t, p = load(es + i) * over_s;
+            one(i, q, p, first(q - mean, n), first(p - mean, n));
+        }, [&] { sq.carry(); sd.carry(); qq.carry(); qd.carry(); dd.carry(); pp.carry(); });
+        return {sq.total(), sd.total(), qq.total(), qd.total(), dd.total(), pp.total()};
     }
 
     // d = q (e^v - 1), v = log(p / q) but for the rounding of both sums. What that leaves of the sum of d is taken out.
@@ -135,14 +177,11 @@ class DistRows {
     void row_moments(int64_t r, R* d, R* q) const {
         const double near = sizeof(R) == 4 ? 0.01 : 1e-6;       // below this, p - q has lost too many digits
         DistRow& row = job.row_parts[r];
-        row.top_s = largest(student(r));
-        row.top_t = largest(teacher(r));
-        row.over_s = exponentials(student(r), row.top_s, d);
-        row.over_t = exponentials(teacher(r), row.top_t, q);
+        exponentials(row, student(r), teacher(r), d, q);
         PairSums x = plain_row(row, student(r + 1), teacher(r + 1), d, q);
-        row.close = x.dd < near * x.qq;
-        if (row.close) x = moments_of_close(row, student(r), teacher(r), d, q);
-        row.pearson = Pearson(x, double(cols));
+        const double n = double(cols), mean = double(R(1 / n)), raw = x.qq + mean * (2 * x.q + n * mean);
+        row.close = x.dd < near * raw;
+        row.pearson = row.close ? Pearson(moments_of_close(row, student(r), teacher(r), d, q), n) : Pearson(x, n, mean);
     }
 
 public:

@@ -17,12 +17,15 @@ struct PairSums { double q, d, qq, qd, dd, pp; };
 struct Pearson {
     double apart = 0, own = 0, other = 0, length = 0;
     Pearson() {}
-    Pearson(const PairSums& x, double n) {
+    // The sums may be of q - mean and p - mean.
+    Pearson(const PairSums& x, double n, double mean = 0) {
         const double noise = 1e-13;                             // of the second moments: what rounding leaves of nothing
         const double aa = x.qq - x.q * x.q / n, ea = x.qd - x.q * x.d / n, ee = x.dd - x.d * x.d / n;
         const double p = x.q + x.d, bb = x.pp - p * p / n;
         apart = 1 + 0 * (aa + bb);
-        if (!(aa > noise * x.qq && bb > noise * x.pp)) return;    // constant (or NaN): no slope
+        const double all = n * mean * mean;
+        const double of_q = noise * (x.qq + 2 * mean * x.q + all), of_p = noise * (x.pp + 2 * mean * p + all);
+        if (!(aa > of_q && bb > of_p)) return;                  // constant (or NaN): no slope
         const double a = std::sqrt(aa), b = std::sqrt(bb), longer = (2 * ea + ee) / (a + b);
         apart = std::max(0.0, ee - longer * longer) / (2 * a * b);
         if (n <= 2) return;                                     // two points always lie on a line

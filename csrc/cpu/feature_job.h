@@ -1,6 +1,7 @@
 // What the kernels of feature losses share: one call, with what follows from its arguments worked out once.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "rows.h"
 
@@ -33,7 +34,7 @@ struct FeatureJob : kdlab_features {
 // Angles: the corners go to a few blocks, whatever the threads. The gradient at the entries of a corner's own row is written
 // where it belongs; what every corner adds to at the entries of pairs (i, k) comes into a part for each block.
 struct AngleJob : kdlab_angles {
-    static constexpr int64_t tile = 8;
+    static constexpr int64_t tile = 8, together = 16;
     const double *student_own, *teacher_own;    // diagonals of the Gram matrices
     int64_t blocks;
     double* rows;                               // [count]: loss at each corner
@@ -47,7 +48,24 @@ struct AngleJob : kdlab_angles {
         return tile * (t * room() - tile * t * (t - 1) / 2) + (i - t * tile) * (room() - t * tile) - t * tile;
     }
     int64_t part_size() const { return row_of_part(room()) + room(); }
-    size_t scratch_bytes() const { return 2 * 6 * sizeof(double) * room(); }
+    int64_t corners() const { return std::max<int64_t>(2, std::min(together, 4096 / room())); }    // at a time
+    size_t scratch_bytes() const { return corners() * 6 * sizeof(double) * room(); }
+};
+
+// Gram matrices, one piece of columns after the other. Every entry belongs to one tile, so that threads do not matter.
+struct GramJob : kdlab_gram {
+    enum Step { pack, centring, add_tiles, product };
+    struct Tile { int64_t i, j; bool teacher; };    // rows of both sides, from there on four each
+    int64_t from, width;                            // of the piece
+    int64_t stride;                                 // of a packed row
+    void* packed[3];                                // [rows, stride]
+    const void* weights;                            // [count, rows]: what a sample adds to the gradients of all
+    const Tile* tiles;
+    double counted;                                 // how many samples count, at least 1
+    bool stream;                                    // the gradient outgrows the cache: write it past the cache
+    int64_t rows() const { return (count + 3) / 4 * 4; }
+    bool pair() const { return teacher && !slopes; }
+    bool counts(int64_t r) const { return r < count && (!mask || mask[r]); }
 };
 
 }  // namespace kdlab

@@ -47,7 +47,8 @@ void kdlab_angles_cpu(const kdlab_angles* a) {
     static_cast<kdlab_angles&>(job) = *a;
     job.blocks = std::min<int64_t>(B, B <= 256 ? 4 : 8);
     std::vector<double> rows(3 * B), diagonals(a->grad ? job.blocks * B : 0);
-    std::unique_ptr<double[]> parts(a->grad ? new double[job.blocks * job.part_size()] : nullptr);
+    std::unique_ptr<double[]> memory(a->grad ? new double[job.blocks * job.part_size() + 8] : nullptr);
+    double* parts = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) / sizeof(double);
     double *student_own = &rows[0] + B, *teacher_own = student_own + B;
     for (int64_t i = 0; i < B; ++i) {
         student_own[i] = a->student[i * B + i];
@@ -57,7 +58,7 @@ void kdlab_angles_cpu(const kdlab_angles* a) {
     job.teacher_own = teacher_own;
     job.rows = rows.data();
     job.diagonals = diagonals.data();
-    job.parts = parts.get();
+    job.parts = parts;
     share_rows(job.blocks, B * B, a->threads, [&](int64_t begin, int64_t end) {
         kernels_in_use().angles(job, begin, end, scratch_of(job.scratch_bytes()));
     });
@@ -68,7 +69,7 @@ void kdlab_angles_cpu(const kdlab_angles* a) {
         const int64_t tile = i - i % AngleJob::tile, next = std::min(B, tile + AngleJob::tile);
         double* row = a->grad + i * B;
         for (int64_t b = 0; b < job.blocks; ++b) {
-            const double* part = parts.get() + b * job.part_size() + job.row_of_part(i);
+            const double* part = parts + b * job.part_size() + job.row_of_part(i);
             row[i] += diagonals[b * B + i];
             for (int64_t k = tile; k < next; ++k) row[k] += part[k];
             for (int64_t k = next; k < B; ++k) row[k] += 2 * part[k];       // for ki as well

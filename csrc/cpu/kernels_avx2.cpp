@@ -36,9 +36,10 @@ namespace kdlab {
 #include "features.h"
 #include "angles.h"
 #include "dist.h"
+#include "gram.h"
 #include "sparse.h"
 
-const Kernels kernels_avx2 = {"avx2", avx2::soft_kl, avx2::scale, avx2::features, avx2::angles, avx2::dist, avx2::sparse};
+const Kernels kernels_avx2 = {"avx2", avx2::soft_kl, avx2::scale, avx2::features, avx2::angles, avx2::gram, avx2::dist, avx2::sparse};
 }  // namespace kdlab
 
 #if defined(__clang__)

@@ -36,9 +36,10 @@ namespace kdlab {
 #include "features.h"
 #include "angles.h"
 #include "dist.h"
+#include "gram.h"
 #include "sparse.h"
 
-const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features, avx512::angles, avx512::dist, avx512::sparse};
+const Kernels kernels_avx512 = {"avx512", avx512::soft_kl, avx512::scale, avx512::features, avx512::angles, avx512::gram, avx512::dist, avx512::sparse};
 }  // namespace kdlab
 
 #if defined(__clang__)

@@ -23,7 +23,8 @@ namespace kdlab {
 #include "features.h"
 #include "angles.h"
 #include "dist.h"
+#include "gram.h"
 #include "sparse.h"
 
-const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles, base::dist, base::sparse};
+const Kernels kernels_base = {"base", base::soft_kl, base::scale, base::features, base::angles, base::gram, base::dist, base::sparse};
 }  // namespace kdlab

@@ -65,6 +65,7 @@ struct Job : kdlab_soft_kl {
 
 struct FeatureJob;          // in feature_job.h
 struct AngleJob;            // there too
+struct GramJob;
 struct DistJob;             // in dist_job.h
 struct SparseJob;           // in sparse_job.h
 
@@ -75,6 +76,7 @@ struct Kernels {
     void (*scale)(const kdlab_scale&, int64_t begin, int64_t end);
     void (*features)(const FeatureJob&, int64_t begin, int64_t end, void* scratch);
     void (*angles)(const AngleJob&, int64_t begin, int64_t end, void* scratch);
+    void (*gram)(const GramJob&, int step, int64_t begin, int64_t end);
     void (*dist)(const DistJob&, int64_t begin, int64_t end, double* column, void* scratch);
     void (*sparse)(const SparseJob&, int64_t begin, int64_t end, void* scratch);
 };

@@ -50,7 +50,7 @@ def _relation(student, teacher, mask, losses, reduction, detach_teacher, backend
     check_mask(name, mask, student, tokens=False)
     return relation_ops.relation(student, teacher.detach() if detach_teacher else teacher, mask, losses, backend)
 
-# %% ../../nbs/api/functional/04_relations.ipynb #bfc0c2f2
+# %% ../../nbs/api/functional/04_relations.ipynb #658a5c72
 def similarity(
     student:Tensor, # features, (B, ...)
     teacher:Tensor, # features, (B, ...); any width
@@ -59,7 +59,7 @@ def similarity(
     mask:Tensor|None=None, # bool, (B,); True counts
     reduction:str="mean", # mean over the B² entries; none and sum raise
     detach_teacher:bool=True, # False lets gradients into the teacher
-    backend:str="auto", # auto or torch (there is no kernel: the vendor's matrix product does the work)
+    backend:str="auto", # auto, torch or cpp (its Gram matrices)
 )->Tensor: # float32 (float64 for float64 features)
     """Mean square between the row-normalised Gram matrices of student and teacher.
 
@@ -68,7 +68,7 @@ def similarity(
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     return _relation(student, teacher, mask, {"similarity": 1.}, reduction, detach_teacher, backend)
 
-# %% ../../nbs/api/functional/04_relations.ipynb #4b56464c
+# %% ../../nbs/api/functional/04_relations.ipynb #15a8519b
 def rkd_distance(
     student:Tensor, # features, (B, ...)
     teacher:Tensor, # features, (B, ...); any width
@@ -77,7 +77,7 @@ def rkd_distance(
     mask:Tensor|None=None, # bool, (B,); True counts
     reduction:str="mean", # mean over the B² pairs; none and sum raise
     detach_teacher:bool=True, # False lets gradients into the teacher
-    backend:str="auto", # auto or torch (there is no kernel yet)
+    backend:str="auto", # auto, torch or cpp (its Gram matrices)
 )->Tensor: # float32 (float64 for float64 features)
     """Smooth L1 between the distances of samples, each over the mean distance.
 
@@ -125,7 +125,7 @@ def rkd(
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     return _relation(student, teacher, mask, {"rkd_distance": distance, "rkd_angle": angle}, reduction, detach_teacher, backend)
 
-# %% ../../nbs/api/functional/04_relations.ipynb #0e0ec411
+# %% ../../nbs/api/functional/04_relations.ipynb #9d051467
 def pkt(
     student:Tensor, # features, (B, ...)
     teacher:Tensor, # features, (B, ...); any width
@@ -134,7 +134,7 @@ def pkt(
     mask:Tensor|None=None, # bool, (B,); True counts
     reduction:str="mean", # mean over the B² entries; none and sum raise
     detach_teacher:bool=True, # False lets gradients into the teacher
-    backend:str="auto", # auto or torch (there is no kernel yet)
+    backend:str="auto", # auto, torch or cpp (its Gram matrices)
 )->Tensor: # float32 (float64 for float64 features)
     """KL between the teacher's and the student's cosine similarities, read as probabilities.
 
@@ -145,7 +145,7 @@ def pkt(
     Raises TypeError or ValueError, with both shapes and the way out, for features that do not match."""
     return _relation(student, teacher, mask, {"pkt": 1.}, reduction, detach_teacher, backend)
 
-# %% ../../nbs/api/functional/04_relations.ipynb #f857d284
+# %% ../../nbs/api/functional/04_relations.ipynb #b50df803
 def cka(
     student:Tensor, # features, (B, ...)
     teacher:Tensor, # features, (B, ...); any width
@@ -154,7 +154,7 @@ def cka(
     mask:Tensor|None=None, # bool, (B,); True counts
     reduction:str="mean", # the value of the batch; none and sum raise
     detach_teacher:bool=True, # False lets gradients into the teacher
-    backend:str="auto", # auto or torch (there is no kernel yet)
+    backend:str="auto", # auto, torch or cpp (its Gram matrices)
 )->Tensor: # float32 (float64 for float64 features), between 0 and 1
     """1 - linear CKA: the angle between the centred Gram matrices of student and teacher.
 

@@ -1,4 +1,5 @@
-// Random shapes and values through the kernels of features, of angles and of DIST, against the equations in plain double.
+// Random shapes and values through the kernels of features, of Gram matrices, of angles and of DIST, against the equations in
+// plain double.
 //
 //     fuzz_features [seconds] [seed]
 //
@@ -145,6 +146,94 @@ void one_of_features(Random& r, const char* isa) {
         fail(isa, "sum", a.dtype, a.loss, 0, out.get(0), total / denominator);
 }
 
+// Samples as rows: widened, those that do not count zero, about their mean where asked
+std::vector<Numbers> rows_of(const Array& x, int64_t B, int64_t n, const uint8_t* mask, bool centre) {
+    std::vector<Numbers> rows(B, Numbers(n));
+    double counted = 0;
+    for (int64_t i = 0; i < B; ++i) counted += !mask || mask[i];
+    for (int64_t i = 0; i < B; ++i)
+        if (!mask || mask[i]) rows[i] = x.part(i * n, n);
+    for (int64_t c = 0; c < n && centre; ++c) {
+        double mean = 0;
+        for (const Numbers& row : rows) mean += row[c] / std::max(1.0, counted);
+        for (int64_t i = 0; i < B; ++i)
+            if (!mask || mask[i]) rows[i][c] -= mean;
+    }
+    return rows;
+}
+
+void one_of_grams(Random& r, const char* isa) {
+    static const int dtypes[] = {KDLAB_F32, KDLAB_F64, KDLAB_BF16};
+    kdlab_gram a = {};
+    a.student_dtype = dtypes[pick(r, 3)];
+    a.teacher_dtype = dtypes[pick(r, 3)];
+    const bool pair = chance(r, .5), masked = chance(r, .5);
+    const bool f64 = a.student_dtype == KDLAB_F64 || (pair && a.teacher_dtype == KDLAB_F64);
+    a.wide = f64 || chance(r, .3) ? KDLAB_F64 : KDLAB_F32;
+    a.centre = !pair && chance(r, .5);
+    const int64_t B = a.count = 1 + pick(r, 20), n = a.columns = chance(r, .1) ? 20000 + pick(r, 100) : 1 + pick(r, 200);
+    Array s(a.student_dtype, B * n), t(a.teacher_dtype, B * n), weights(KDLAB_F64, B * B);
+    std::normal_distribution<> normal;
+    for (int64_t i = 0; i < B * n; ++i) s.set(i, normal(r)), t.set(i, normal(r));
+    for (int64_t i = 0; i < B * B; ++i) weights.set(i, normal(r));
+    std::unique_ptr<uint8_t[]> mask(new uint8_t[B]);
+    for (int64_t i = 0; i < B; ++i) {
+        mask[i] = !chance(r, .2);
+        if (masked && !mask[i]) s.set(i * n, NAN);
+    }
+    a.student = s.data();
+    a.mask = masked ? mask.get() : nullptr;
+    Array G(KDLAB_F64, B * B), H(KDLAB_F64, B * B), grad(a.student_dtype, B * n);
+    for (int threads : {1, 2, 4}) {
+        Array first(KDLAB_F64, B * B), second(KDLAB_F64, B * B), slopes(a.student_dtype, B * n);
+        a.threads = threads;
+        a.teacher = pair ? t.data() : nullptr;
+        a.gram = static_cast<double*>(first.data());
+        a.teacher_gram = pair ? static_cast<double*>(second.data()) : nullptr;
+        a.slopes = nullptr;
+        a.grad = nullptr;
+        kdlab_gram_cpu(&a);
+        a.teacher = nullptr;
+        a.slopes = static_cast<const double*>(weights.data());
+        a.grad = slopes.data();
+        kdlab_gram_cpu(&a);
+        if (threads > 1 && !(first.equals(G) && second.equals(H) && slopes.equals(grad)))
+            fail(isa, "threads of Gram", a.wide, threads, B, 0, 0);
+        G.bytes.swap(first.bytes);
+        H.bytes.swap(second.bytes);
+        grad.bytes.swap(slopes.bytes);
+    }
+    const auto x = rows_of(s, B, n, a.mask, a.centre), y = rows_of(t, B, n, a.mask, false);
+    const double eps = a.wide == KDLAB_F64 ? 1e-12 : 1e-6;
+    const double rounding = a.student_dtype == KDLAB_BF16 ? 4e-3 : a.student_dtype == KDLAB_F32 ? 1e-7 : 0;
+    for (int64_t i = 0; i < B; ++i)
+        for (int64_t j = 0; j < B; ++j) {
+            const double scale = std::sqrt((dot(x[i], x[i]) + dot(y[i], y[i])) * (dot(x[j], x[j]) + dot(y[j], y[j]))) + 1e-9;
+            const double want = dot(x[i], x[j]), other = pair ? dot(y[i], y[j]) : 0;
+            const double got = G.get(i * B + j), second = H.get(i * B + j);
+            if (!(std::fabs(got - want) <= 4 * eps * scale)) fail(isa, "Gram", a.wide, i, j, got, want);
+            if (!(std::fabs(second - other) <= 4 * eps * scale)) fail(isa, "other Gram", a.wide, i, j, second, other);
+        }
+    double counted = 0;
+    for (int64_t i = 0; i < B; ++i) counted += !masked || mask[i];
+    for (int64_t c = 0; c < n; ++c) {
+        Numbers want(B);
+        double top = 1, mean = 0;
+        for (int64_t i = 0; i < B; ++i)
+            for (int64_t j = 0; j < B && (!masked || mask[i]); ++j) {
+                const double term = (weights.get(i * B + j) + weights.get(j * B + i)) * x[j][c];
+                want[i] += term;
+                top = std::max(top, std::fabs(term));
+                if (a.centre) mean += term / counted;
+            }
+        for (int64_t i = 0; i < B; ++i) {
+            const double got = grad.get(i * n + c), right = masked && !mask[i] ? 0 : want[i] - mean;
+            if (!(std::fabs(got - right) <= 20 * eps * top + rounding * std::fabs(right)))
+                fail(isa, "product", a.wide, i, c, got, right);
+        }
+    }
+}
+
 // One over the distance from b to a, and the direction; none where they are the same.
 struct Side {
     double inverse = 0;
@@ -187,7 +276,8 @@ void one_of_angles(Random& r, const char* isa) {
         a.out = static_cast<double*>(value.data());
         a.grad = static_cast<double*>(slopes.data());
         kdlab_angles_cpu(&a);
-        if (threads > 1 && !(value.equals(out) && slopes.equals(grad))) fail(isa, "threads of angles", KDLAB_F64, threads, B, 0, 0);
+        if (threads > 1 && !(value.equals(out) && slopes.equals(grad)))
+            fail(isa, "threads of angles", KDLAB_F64, threads, B, 0, 0);
         out.bytes.swap(value.bytes);
         grad.bytes.swap(slopes.bytes);
     }
@@ -207,7 +297,8 @@ void one_of_angles(Random& r, const char* isa) {
                 const double g = std::max(-1.0, std::min(1.0, d));
                 want += g * (d - g / 2);
                 for (int64_t m = 0; m < n; ++m) {
-                    const double di = g * (y.unit[m] - cosine * x.unit[m]) * x.inverse, dk = g * (x.unit[m] - cosine * y.unit[m]) * y.inverse;
+                    const double di = g * (y.unit[m] - cosine * x.unit[m]) * x.inverse;
+                    const double dk = g * (x.unit[m] - cosine * y.unit[m]) * y.inverse;
                     slope[i][m] += di;
                     slope[k][m] += dk;
                     slope[j][m] -= di + dk;
@@ -221,7 +312,8 @@ void one_of_angles(Random& r, const char* isa) {
         for (int64_t m = 0; m < n; ++m) {
             double got = 0;
             for (int64_t k = 0; k < B; ++k) got += (grad.get(i * B + k) + grad.get(k * B + i)) * s[k][m];
-            if (!(std::fabs(got - slope[i][m]) <= 1e-8 * top)) fail(isa, "slope of angles", KDLAB_F64, i, m, got, slope[i][m]);
+            if (!(std::fabs(got - slope[i][m]) <= 1e-8 * top))
+                fail(isa, "slope of angles", KDLAB_F64, i, m, got, slope[i][m]);
         }
 }
 
@@ -326,6 +418,7 @@ int main(int argc, char** argv) {
     return fuzz(argc, argv, [](Random& r, const char* isa) {
         if (chance(r, .5)) one_of_features(r, isa);
         else if (chance(r, .3)) one_of_angles(r, isa);
+        else if (chance(r, .4)) one_of_grams(r, isa);
         else one_of_dist(r, isa);
     });
 }
