@@ -7,13 +7,14 @@ __all__ = ['BACKENDS', 'threads', 'Question', 'torch_rows', 'reduce_rows', 'torc
            'soft_kl_backward_op', 'refuse_bad_labels', 'backend_from', 'wanted', 'choose', 'answer', 'ordinary',
            'row_terms']
 
-# %% ../nbs/api/02_ops.ipynb #1716ebeb
+# %% ../nbs/api/02_ops.ipynb #b7d2acc1
 import math
 import os
+import weakref
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from . import closed_forms, cuda_ops, reference
+from . import closed_forms, cuda_ops, logit_reference, reference
 
 # %% ../nbs/api/02_ops.ipynb #6d9db428
 try:
@@ -35,7 +36,7 @@ def threads()->int: # threads a kernel may use
     "torch's own thread count; 1 in a forked child, where a parallel region can hang."
     return 1 if _forked else torch.get_num_threads()
 
-# %% ../nbs/api/02_ops.ipynb #47e609a5
+# %% ../nbs/api/02_ops.ipynb #1921416c
 class Question(NamedTuple):
     "What to compute over the rows of two tensors of logits; all but the tensors."
     T: float|Tensor = 1. # temperature
@@ -48,7 +49,8 @@ class Question(NamedTuple):
     use_ce: bool = False # is there a hard term? (a weight may be a tensor, so 0 does not tell)
     use_kl: bool = True # is there a soft term?
     kind: str = "forward_kl" # which divergence
-    mix: float = 0. # beta of jsd, alpha of the skew ones, 1 where logit_mse centres
+    mix: float = 0. # beta of jsd, alpha of the skew ones and of dkd, 1 where logit_mse centres
+    others: float = 0. # beta of dkd
 
 # %% ../nbs/api/02_ops.ipynb #15baeb68
 def _valid(target:Tensor|None, mask:Tensor|None, ignore_index:int)->Tensor|None:
@@ -63,7 +65,7 @@ def _denominator(valid:Tensor|None, rows:Tensor, q:Question)->float|Tensor:
     if valid is None: return max(1, rows.numel())
     return valid.sum().clamp(min=1)
 
-# %% ../nbs/api/02_ops.ipynb #94b92069
+# %% ../nbs/api/02_ops.ipynb #130fc76b
 def _wide(student:Tensor, teacher:Tensor|None)->torch.dtype:
     "What autograd computes in: float64 on the CPU; else float32 or the widest input."
     if student.device.type == "cpu": return torch.float64
@@ -74,21 +76,27 @@ def _by_row(T)->bool:
     "Does `T` hold one number a row?"
     return isinstance(T, Tensor) and T.dim() > 0
 
-_MIXED = *closed_forms.MIXED, "logit_mse" # the divergences that take Question.mix
+_MIXED = *closed_forms.MIXED, "logit_mse" # the divergences whose one option is Question.mix
+_LABELLED = "dkd", # those that need labels
+
+def _reads_labels(q:Question)->bool:
+    "Are the labels more than a list of the rows that count?"
+    return q.use_ce or q.kind in _LABELLED
 
 def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)->dict[str, Tensor]:
     "The unweighted terms, a value a row each."
     wide, out = _wide(student, teacher), {}
     student = student.to(wide)
     if q.use_kl:
-        divergence = getattr(reference, f"stable_{q.kind}")
         T = q.T.to(wide) if isinstance(q.T, Tensor) else q.T
-        rows = divergence(student, teacher.to(wide), T.unsqueeze(-1) if _by_row(T) else T, *[q.mix] * (q.kind in _MIXED))
+        t, T_row = teacher.to(wide), T.unsqueeze(-1) if _by_row(T) else T
+        if q.kind == "dkd": rows = logit_reference.stable_dkd(student, t, target, T_row, q.mix, q.others)
+        else: rows = getattr(reference, f"stable_{q.kind}")(student, t, T_row, *[q.mix] * (q.kind in _MIXED))
         out[q.kind] = rows * T**2 if q.t_squared else rows
     if q.use_ce: out["cross_entropy"] = reference.stable_cross_entropy(student, target)
     return out
 
-# %% ../nbs/api/02_ops.ipynb #f95f90ea
+# %% ../nbs/api/02_ops.ipynb #c018ca96
 def torch_rows(student, teacher, target, mask, q:Question)->tuple[dict[str, Tensor], Tensor|None]:
     "Terms by row in plain torch, 0 where a row does not count; and which rows count."
     valid = _valid(target, mask, q.ignore_index)
@@ -96,7 +104,7 @@ def torch_rows(student, teacher, target, mask, q:Question)->tuple[dict[str, Tens
         out = ~valid.unsqueeze(-1)
         student = student.masked_fill(out, 0)
         if teacher is not None: teacher = teacher.masked_fill(out, 0)
-        if q.use_ce: target = target.masked_fill(~valid, 0)
+        if _reads_labels(q): target = target.masked_fill(~valid, 0)
         if _by_row(q.T): q = q._replace(T=q.T.masked_fill(~valid, 1))
     terms = _terms(student, teacher, target, q)
     if valid is not None: terms = {k: v.masked_fill(~valid, 0) for k, v in terms.items()}
@@ -209,10 +217,10 @@ def _torch_answer(student, teacher, target, mask, row_weight, q:Question)->Tenso
     terms, valid, _ = _closed_rows(student, teacher, target, mask, row_weight, q, False)
     return _weighted(terms, valid, row_weight, q).to(_loss_dtype(student, teacher))
 
-# %% ../nbs/api/02_ops.ipynb #7b4cbdce
+# %% ../nbs/api/02_ops.ipynb #50bda2df
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _KINDS = {k: i for i, k in enumerate(("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
-                                      "soft_cross_entropy"))}
+                                      "soft_cross_entropy", "dkd"))}
 _KERNELS = set(_KINDS) # those that the compiled core computes
 
 def _rows_of(x:Tensor)->tuple[Tensor, int]:
@@ -226,7 +234,7 @@ def _rows_of(x:Tensor)->tuple[Tensor, int]:
 def _address(x:Tensor|None)->int:
     return 0 if x is None else x.data_ptr()
 
-# %% ../nbs/api/02_ops.ipynb #daedcb0d
+# %% ../nbs/api/02_ops.ipynb #3dd3f4ca
 class _Call:
     "One call of the kernel: inputs laid out once, used by forward and, if need be, again by backward."
     __slots__ = "student", "teacher", "target", "mask", "row_weight", "q", "rows", "cols", "strides", "dtype", "loss_dtype"
@@ -256,7 +264,7 @@ class _Call:
             _address(self.row_weight), _address(grad_in), _address(grad), _address(kl_rows), _address(ce_rows),
             _address(out), _CODES[self.dtype], _CODES[self.loss_dtype], self.rows, self.cols, *self.strides,
             T, T * T if q.t_squared else 1., float(q.kl_weight), float(q.ce_weight),
-            _REDUCTIONS[q.reduction], normalizer, q.ignore_index, threads(), _KINDS[q.kind], q.mix)
+            _REDUCTIONS[q.reduction], normalizer, q.ignore_index, threads(), _KINDS[q.kind], q.mix, q.others)
 
     def empty_rows(self)->Tensor:
         return torch.empty(self.student.shape[:-1], dtype=self.loss_dtype, device=self.student.device)
@@ -267,12 +275,11 @@ class _Call:
 
     def empty_grad(self)->Tensor: return _empty_grad(self.student.shape, self.dtype, self.student.device)
 
-# %% ../nbs/api/02_ops.ipynb #9abe7871
-_LARGE = 4 << 20 # bytes from which a gradient's memory is recycled
-
+# %% ../nbs/api/02_ops.ipynb #134a59c0
 def _empty_grad(shape:torch.Size, dtype:torch.dtype, device:torch.device)->Tensor:
     "A contiguous tensor for a gradient; on the CPU a large one lies in recycled memory."
-    if device.type != "cpu" or len(shape) > 8 or math.prod(shape) * dtype.itemsize < _LARGE or _C is None:
+    small = _C is None or math.prod(shape) * dtype.itemsize < _C.pooled_from
+    if small or device.type != "cpu" or len(shape) > 8:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_dlpack(_C.empty(shape, _CODES[dtype]))
 
@@ -345,14 +352,14 @@ def _spoil_bad_labels(student:Tensor, target:Tensor, q:Question)->tuple[Tensor, 
     bad = (target != q.ignore_index) & ((target < 0) | (target >= student.shape[-1]))
     return student.masked_fill(bad.unsqueeze(-1), torch.nan), target.masked_fill(bad, 0)
 
-# %% ../nbs/api/02_ops.ipynb #7a9878df
+# %% ../nbs/api/02_ops.ipynb #290d608e
 @torch.library.custom_op("kdlab::soft_kl", mutates_args=(), device_types=("cpu", "cuda"))
 def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None, row_weight:Tensor|None,
                T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None, t_squared:bool, ignore_index:int,
-               reduction:str, use_ce:bool, use_kl:bool, need_grad:bool, kind:str="forward_kl", mix:float=0.
-               )->tuple[Tensor, Tensor]:
+               reduction:str, use_ce:bool, use_kl:bool, need_grad:bool, kind:str="forward_kl", mix:float=0.,
+               others:float=0.)->tuple[Tensor, Tensor]:
     "Loss and gradient of `Question` as one operator; the gradient is empty if nobody needs it."
-    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl, kind, mix)
+    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl, kind, mix, others)
     call = _Call(student, teacher, target, mask, row_weight, q)
     out, grad = call.empty_out(), call.empty_grad() if need_grad else None
     if call(out=out, grad=grad) >= 0:
@@ -360,22 +367,22 @@ def soft_kl_op(student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Ten
         _Call(student, teacher, target, mask, row_weight, q)(out=out, grad=grad)
     return out, student.new_empty(0) if grad is None else grad.to(student.dtype)
 
-# %% ../nbs/api/02_ops.ipynb #0a90f831
+# %% ../nbs/api/02_ops.ipynb #82f0725a
 @soft_kl_op.register_fake
 def _(student, teacher, target, mask, row_weight, T, kl_weight, ce_weight, normalizer, t_squared, ignore_index,
-      reduction, use_ce, use_kl, need_grad, kind="forward_kl", mix=0.):
+      reduction, use_ce, use_kl, need_grad, kind="forward_kl", mix=0., others=0.):
     out = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(student, teacher))
     return out, student.new_empty(student.shape if need_grad else 0)
 
-# %% ../nbs/api/02_ops.ipynb #380ea385
+# %% ../nbs/api/02_ops.ipynb #4477548f
 @torch.library.custom_op("kdlab::soft_kl_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def soft_kl_backward_op(grad_out:Tensor, student:Tensor, teacher:Tensor|None, target:Tensor|None, mask:Tensor|None,
                         row_weight:Tensor|None, T:Tensor, kl_weight:Tensor, ce_weight:Tensor, normalizer:Tensor|None,
                         t_squared:bool, ignore_index:int, reduction:str, use_ce:bool, use_kl:bool,
-                        kind:str="forward_kl", mix:float=0.)->Tensor:
+                        kind:str="forward_kl", mix:float=0., others:float=0.)->Tensor:
     "The gradient alone, with the incoming one folded in before rounding: what float16 needs."
-    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl, kind, mix)
-    if use_ce: student, target = _spoil_bad_labels(student, target, q)
+    q = Question(T, t_squared, kl_weight, ce_weight, ignore_index, reduction, normalizer, use_ce, use_kl, kind, mix, others)
+    if _reads_labels(q): student, target = _spoil_bad_labels(student, target, q)
     call = _Call(student, teacher, target, mask, row_weight, q)
     grad = call.empty_grad()
     call(grad=grad, grad_in=grad_out.contiguous())
@@ -394,7 +401,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *(tensors if not ctx.stored else ()))
 
-# %% ../nbs/api/02_ops.ipynb #275a1b75
+# %% ../nbs/api/02_ops.ipynb #8593e182
 def _backward(ctx, grad_out, _):
     grad, *tensors = ctx.saved_tensors
     if ctx.stored: grad = (grad * (grad_out.unsqueeze(-1) if grad_out.dim() else grad_out)).to(grad.dtype)
@@ -402,7 +409,7 @@ def _backward(ctx, grad_out, _):
         args = list(ctx.args)
         for i, x in zip(ctx.where, tensors): args[i] = x
         grad = soft_kl_backward_op(grad_out, *args)
-    return grad, *[None] * 16
+    return grad, *[None] * 17
 
 soft_kl_op.register_autograd(_backward, setup_context=_setup)
 
@@ -471,19 +478,100 @@ def choose(backend:str, student, teacher, row_weight, q)->str: # "cpp", "cuda" o
     if backend != "auto": raise ValueError(f"backend={backend!r} cannot run here: {why}; use backend='auto' or 'torch'")
     return "torch"
 
-# %% ../nbs/api/02_ops.ipynb #3cb1f4ba
-def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="auto")->Tensor:
+# %% ../nbs/api/02_ops.ipynb #344d51ff
+def _bounds(x:Tensor)->tuple[int, int]:
+    "Where the memory that a tensor lies in begins and ends."
+    memory = x.untyped_storage()
+    return memory.data_ptr(), memory.data_ptr() + memory.nbytes()
+
+def _share_memory(x:Tensor, y)->bool:
+    "Is `y` a tensor in the memory of `x`?"
+    if not isinstance(y, Tensor) or y.device != x.device: return False
+    (x_begin, x_end), (y_begin, y_end) = _bounds(x), _bounds(y)
+    return x_begin < y_end and y_begin < x_end
+
+# %% ../nbs/api/02_ops.ipynb #112ad7cf
+def _worth_keeping(student:Tensor, others:dict)->str|None: # `others`: what else the loss reads, by name
+    "Why a gradient may not be written over these logits, with the way out; or None."
+    if type(student) is not Tensor: return f"it is a {type(student).__name__}, not a plain tensor"
+    if student.is_leaf: return "it is a leaf, whose values would be lost; logits that a model returns are none"
+    if any(n > 1 and step == 0 for n, step in zip(student.shape, student.stride())):
+        return "it is expanded, with several rows in one place; pass student.contiguous()"
+    if student._is_view():
+        return ("it is a view, and the tensor that it looks at would change with it; pass that tensor, with the classes "
+                "last. A head with a bias returns a view for (B, N, D) and none for hidden.flatten(0, 1)")
+    if not student.is_contiguous(): return "it is not contiguous; pass student.contiguous()"
+    teacher = others["teacher"]
+    if teacher is not None and torch.promote_types(student.dtype, teacher.dtype) != student.dtype:
+        return f"it is {student.dtype}, narrower than the teacher ({teacher.dtype}); pass teacher.to(student.dtype)"
+    shared = [name for name, x in others.items() if _share_memory(student, x)]
+    return f"{shared[0]} lies in the same memory; pass {shared[0]}.clone()" if shared else None
+
+# %% ../nbs/api/02_ops.ipynb #06df3b28
+def _let_go(logits:Tensor|None)->None:
+    "Make them read as NaN, in no memory but that of one number."
+    if logits is None: return
+    logits.data = torch.full((), torch.nan, dtype=logits.dtype, device=logits.device).expand_as(logits)
+
+class _OverLogits(torch.autograd.Function):
+    "Like `_SoftKL`, with the gradient in the place of the logits."
+    @staticmethod
+    def forward(ctx, student, teacher, target, mask, row_weight, q):
+        memory, ctx.q = student.detach(), q
+        ctx.waits, ctx.student = student.dtype is torch.float16, weakref.ref(student)
+        call = _Call(memory, teacher, target, mask, row_weight, q)
+        out = call.empty_out()
+        bad = call(out=out, grad=None if ctx.waits else memory)
+        if bad >= 0: _raise_bad_label(bad, target, call.cols) # nothing is written then
+        if not ctx.waits:
+            torch.autograd.graph.increment_version(memory)
+            _let_go(student)
+        ctx.save_for_backward(memory, *(teacher, target, mask, row_weight) if ctx.waits else ())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        if torch.is_grad_enabled():
+            raise RuntimeError("inplace_grad=True has no second derivative (create_graph=True): the logits that it needs "
+                               "were written over; use inplace_grad=False")
+        if ctx.q is None:
+            raise RuntimeError("inplace_grad=True has one backward: its gradient, which lay where the logits were, is handed "
+                               "out. For a second one (retain_graph=True) use inplace_grad=False")
+        (grad, *rest), q, ctx.q = ctx.saved_tensors, ctx.q, None
+        if ctx.waits:
+            _Call(grad, *rest, q)(grad=grad, grad_in=grad_out.contiguous())
+            _let_go(ctx.student())
+        else: _scale(grad, grad_out)
+        torch.autograd.graph.increment_version(grad)
+        return grad, None, None, None, None, None
+
+# %% ../nbs/api/02_ops.ipynb #4fd4b1bd
+def _over_logits(student, teacher, target, mask, row_weight, q:Question, backend:str)->Tensor:
+    "The loss, its gradient in the place of the logits; ValueError where that cannot be."
+    others = dict(teacher=teacher, target=target, mask=mask, row_weight=row_weight, T=q.T, normalizer=q.normalizer)
+    if _as_operator():
+        why = "under torch.compile, torch.export and dispatch modes a loss is an operator, and those write over nothing"
+    elif choose(backend, student, teacher, row_weight, q) == "torch":
+        cause = _needs_reference(student, teacher, row_weight, q, cuda_ops.on_gpu(student))
+        why = f"plain torch computes this loss: {'you asked for it' if wanted(backend) == 'torch' else cause}"
+    else: why = _worth_keeping(student, others)
+    if why is None: return _OverLogits.apply(student, teacher, target, mask, row_weight, q)
+    raise ValueError(f"inplace_grad=True cannot write the gradient over student: {why}. inplace_grad=False always works")
+
+# %% ../nbs/api/02_ops.ipynb #e2247b37
+def answer(student, teacher, target, mask, row_weight, q:Question, backend:str="auto", inplace_grad:bool=False)->Tensor:
     "The reduced loss (or the rows, for reduction 'none') from the backend that suits."
     need_grad = torch.is_grad_enabled() and student.requires_grad
+    if inplace_grad and need_grad: return _over_logits(student, teacher, target, mask, row_weight, q, backend)
     if choose(backend, student, teacher, row_weight, q) == "torch":
-        if q.use_ce: refuse_bad_labels(student, target, mask, q.ignore_index)
+        if _reads_labels(q): refuse_bad_labels(student, target, mask, q.ignore_index)
         return _torch_answer(student, teacher, target, mask, row_weight, q)
     if _as_operator():
         normalizer = None if q.normalizer is None else _number(q.normalizer)
         need = need_grad and student.dtype != torch.float16
         return soft_kl_op(student, teacher, target, mask, row_weight, _number(q.T), _number(q.kl_weight),
                           _number(q.ce_weight), normalizer, q.t_squared, q.ignore_index, q.reduction, q.use_ce,
-                          q.use_kl, need, q.kind, q.mix)[0]
+                          q.use_kl, need, q.kind, q.mix, q.others)[0]
     if need_grad: return _SoftKL.apply(student, teacher, target, mask, row_weight, q)
     call = _Call(student, teacher, target, mask, row_weight, q)
     out = call.empty_out()
@@ -506,15 +594,16 @@ _apply_ordinary = super(torch.autograd.Function, _OrdinarySoftKL).apply
 _ordinary = None if _C is None or not _C.learn_tensors(Tensor, torch.nn.Parameter) else _C.ordinary
 if _preferred not in ("auto", "cpp"): _ordinary = None
 
-# %% ../nbs/api/02_ops.ipynb #f1fd066f
-def ordinary(student, teacher, target, T, t_squared:bool, kl_weight, ce_weight, ignore_index, kind:str, mix)->Tensor|None:
+# %% ../nbs/api/02_ops.ipynb #bccb0e71
+def ordinary(student, teacher, target, T, t_squared:bool, kl_weight, ce_weight, ignore_index, kind:str, mix, others=0.
+             )->Tensor|None:
     "The mean loss of unchecked arguments, if the case is ordinary; None sends the caller to the checks and to `answer`."
     if _ordinary is None or kind not in _KERNELS or _as_operator() or _transforming(): return None
     done = _ordinary(student, teacher, target, T, t_squared, kl_weight, ce_weight, ignore_index, _KINDS[kind], mix,
-                     torch.is_grad_enabled(), threads())
+                     others, torch.is_grad_enabled(), threads())
     if done is None: return None
     if done[1] is None: return done[0]
-    q = T, t_squared, kl_weight, ce_weight, ignore_index, "mean", None, ce_weight != 0, True, kind, mix
+    q = T, t_squared, kl_weight, ce_weight, ignore_index, "mean", None, ce_weight != 0, True, kind, mix, others
     return _apply_ordinary(student, (done, teacher, target, q))
 
 # %% ../nbs/api/02_ops.ipynb #99b54eb1
