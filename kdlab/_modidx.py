@@ -1646,6 +1646,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'kdlab/losses/objective.py'),
                                         'kdlab.losses.objective._question': ( 'api/losses/objective.html#_question',
                                                                               'kdlab/losses/objective.py'),
+                                        'kdlab.losses.objective._twin': ('api/losses/objective.html#_twin', 'kdlab/losses/objective.py'),
                                         'kdlab.losses.objective._weight': ( 'api/losses/objective.html#_weight',
                                                                             'kdlab/losses/objective.py'),
                                         'kdlab.losses.objective._written': ( 'api/losses/objective.html#_written',

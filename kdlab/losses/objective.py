@@ -145,7 +145,17 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
                          f"teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #0215f573
+# %% ../../nbs/api/losses/01_objective.ipynb #502be35a
+def _twin(loss, copies:int):
+    "A copy that shares what is learnt; an error if there would be several of a loss that learns."
+    learnt = lambda module: [*module.parameters(), *module.buffers()]
+    if copies > 1 and learnt(loss):
+        raise ValueError(f"{loss!r} has parameters of its own, so each pair of layers needs a loss of its own: bind one pair "
+                         f"at a time and add the losses")
+    own = [*(m for m in loss.children() if learnt(m)), *loss.parameters(recurse=False), *loss.buffers(recurse=False)]
+    return copy.deepcopy(loss, {id(x): x for x in own})
+
+# %% ../../nbs/api/losses/01_objective.ipynb #876dbd12
 class _Bindable(nn.Module):
     "A module that can be bound to layers of two models."
     bound = None # the Binding, once there is one
@@ -172,12 +182,7 @@ class _Bindable(nn.Module):
         return terms[0][1] if len(terms) == 1 and not isinstance(self, Objective) else Objective(terms)
 
     def _at(self, binding:Binding|None, copies:int=1)->"Loss":
-        learnt = lambda module: [*module.parameters(), *module.buffers()]
-        if copies > 1 and learnt(self):
-            raise ValueError(f"{self!r} has parameters of its own, so each pair of layers needs a loss of its own: bind one pair "
-                             f"at a time and add the losses")
-        own = [*(m for m in self.children() if learnt(m)), *self.parameters(recurse=False), *self.buffers(recurse=False)]
-        new = copy.deepcopy(self, {id(x): x for x in own})
+        new = _twin(self, copies)
         new.bound = binding
         return new
 
@@ -329,7 +334,7 @@ def _ordinary(weights, losses, student, teacher, target)->Tensor|None:
     return ops.ordinary(student, teacher, target, soft.T, soft.t_squared, soft_weight, hard_weight, soft.ignore_index,
                         soft.term, soft.mix, soft.others)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #dc782d2a
+# %% ../../nbs/api/losses/01_objective.ipynb #3b2fb585
 class _Weighted(Loss):
     "Losses and their weights."
     def __init__(self,
@@ -372,6 +377,7 @@ class _Weighted(Loss):
                 if name == "T": contract.check_temperature(float(value.at(progress)))
                 setattr(module, name, value.at(progress))
 
+# %% ../../nbs/api/losses/01_objective.ipynb #b0237f8a
 def _moving(module:nn.Module)->list[tuple[str, Moving]]:
     "The numbers of a module, by name, that follow a schedule."
     return [(name[1:], value) for name, value in vars(module).items() if isinstance(value, Moving)]
@@ -380,7 +386,7 @@ def numbers_that_move(loss:nn.Module)->list[tuple[str, Moving]]:
     "The numbers of a loss, and of those inside it, that follow a schedule, by name."
     return [pair for module in loss.modules() for pair in _moving(module)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #70afd1d5
+# %% ../../nbs/api/losses/01_objective.ipynb #2ba7bb22
 def _groups(objective:_Weighted, target=None)->list[list[tuple]]:
     "Active terms with their weights; the first soft and hard losses that can share a sweep stand together."
     weights = objective._weights_tensor if torch.compiler.is_compiling() else objective._weights
@@ -392,6 +398,7 @@ def _groups(objective:_Weighted, target=None)->list[list[tuple]]:
                 return [[a, b]] + [[t] for k, t in enumerate(active) if k not in (i, j)]
     return [[t] for t in active]
 
+# %% ../../nbs/api/losses/01_objective.ipynb #01c97215
 def overwrites(loss:nn.Module)->bool:
     "Does it, or a loss inside it, write its gradient over the student's logits?"
     return any(getattr(module, "inplace_grad", False) for module in loss.modules())
@@ -400,6 +407,7 @@ def _in_turn(groups:list[list[tuple]])->list[list[tuple]]:
     "The groups in the order in which they may read the logits."
     return sorted(groups, key=lambda group: any(overwrites(loss) for _, loss in group))
 
+# %% ../../nbs/api/losses/01_objective.ipynb #b4d7ff42
 def _part_names(parts:dict[str, Part], taken:dict)->dict[str, Part]:
     "Names that are free: a second term of the same kind becomes `name#2`."
     count = lambda name: sum(k.split("#")[0] == name for k in taken)
