@@ -39,6 +39,7 @@ bench: $(VENV)/.built  ## time the kernels against eager PyTorch and torch.compi
 	@$(BIN)/python benchmarks/soft_kl.py
 	@$(BIN)/python benchmarks/linear.py
 	@$(BIN)/python benchmarks/features.py
+	@$(BIN)/python benchmarks/plain.py
 
 gpu: $(VENV)/.built  ## on a machine with a GPU: test, sanitize and time the CUDA kernels
 	@$(BIN)/python benchmarks/gpu.py

@@ -13,47 +13,51 @@ import torch
 from torch import Tensor
 from . import reference
 
-# %% ../nbs/api/02_closed_forms.ipynb #808662f8
+# %% ../nbs/api/02_closed_forms.ipynb #79375921
 _LN2 = math.log(2)
 
-def _total(x:Tensor)->Tensor: # (n, 1), float64
+def _total(x:Tensor)->Tensor: # (..., n, 1), float64
     return x.sum(-1, keepdim=True, dtype=torch.float64)
 
-def _forward_kl(a, b, d, w, S, U, mix):
-    return (S / U).log2_() - _total(d.mul_(b)) / U, a, S.reciprocal(), b, U.reciprocal()
+def _forward_kl(a, b, d, w, sums, mix):
+    S, U = sums
+    return (S / U).log2_() - _total(d.mul_(b)) / U, sums.reciprocal()
 
-def _reverse_kl(a, b, d, w, S, U, mix):
-    mean = _total(d.mul_(a)) / S
-    return mean + (U / S).log2_(), d, _LN2 / S, a, _LN2 * mean / S
+def _reverse_kl(a, b, d, w, sums, mix):
+    S, U = sums
+    mean = _total(torch.mul(a, d, out=b)) / S
+    return mean + (U / S).log2_(), torch.stack((mean, torch.ones_like(S))) * (-_LN2 / S)
 
-def _total_variation(a, b, d, w, S, U, mix):
-    a.div_(S), b.div_(U)
-    torch.sub(a, b, out=d)
-    value = _total(torch.abs(d, out=b)) * (.5 / _LN2)
-    half = torch.full_like(S, .5)
-    return value, d.sign_().mul_(a), half, a, half * _total(d)
+def _total_variation(a, b, d, w, sums, mix):
+    torch.sub(a.div_(sums[0]), b.div_(sums[1]), out=d)
+    half = _total(torch.abs(d, out=b)) / 2
+    pull = _total(torch.mul(a, d.sign_(), out=b))
+    return half / _LN2, torch.stack((pull, torch.ones_like(pull))) * -.5
 
-# %% ../nbs/api/02_closed_forms.ipynb #09ee963f
-def _skew_kl(a, b, d, w, S, U, alpha):
+# %% ../nbs/api/02_closed_forms.ipynb #17ecf466
+def _skew_kl(a, b, d, w, sums, alpha):
+    S, U = sums
     shift = (U / S).log2_()
     m = d.add_(shift.to(d.dtype)).exp2_().sub_(1).mul_(1 - alpha).add_(1) # m / p
-    pull = _total(torch.div(a, m, out=w)) / S
-    bits = _total(m.log2_().mul_(b)) / U + 0 * shift # not finite where a sum was not
-    return -bits, a, (1 - alpha) * pull / S, w, (1 - alpha) / S
+    bits = _total(torch.log2(m, out=w).mul_(b)) / U + 0 * shift # not finite where a sum was not
+    pull = _total(torch.div(a, m, out=b)) / S
+    return -bits, torch.stack((pull, torch.ones_like(S))) * ((1 - alpha) / S)
 
-def _skew_reverse_kl(a, b, d, w, S, U, alpha):
+def _skew_reverse_kl(a, b, d, w, sums, alpha):
+    S, U = sums
     shift = (U / S).log2_()
     m = d.add_(shift.to(d.dtype)).neg_().exp2_().sub_(1).mul_(1 - alpha).add_(1) # m / q
-    pull = _total(torch.div(a, m, out=w)) * alpha
-    bits = _total(m.log2_().mul_(a)) + 0 * shift
-    return -bits / S, a, (_LN2 * bits + pull) / S**2, m.mul_(_LN2).add_(w, alpha=alpha), 1 / S
+    bits = _total(torch.log2(m, out=w).mul_(a)) / S + 0 * shift
+    pull = _total(torch.div(a, m, out=b).mul_(alpha).add_(w, alpha=_LN2)) / S
+    return -bits, torch.stack((pull, torch.ones_like(S))) / S
 
-def _jsd(a, b, d, w, S, U, beta):
+def _jsd(a, b, d, w, sums, beta):
+    S, U = sums
     d.add_((U / S).log2_().to(d.dtype))
     torch.exp2(d, out=w).sub_(1).mul_(1 - beta).add_(1).log2_() # log2(m / p)
-    of_q, of_p = _total(d.sub_(w).mul_(a)) / S, _total(w.mul_(b)) / U
-    factor = (1 - beta) * _LN2 / S
-    return (1 - beta) * of_q - beta * of_p, d, factor, a, factor * of_q
+    d.sub_(w) # log2(q / m)
+    of_p, of_q = _total(w.mul_(b)) / U, _total(torch.mul(a, d, out=b)) / S
+    return (1 - beta) * of_q - beta * of_p, torch.stack((of_q, torch.ones_like(S))) * (-(1 - beta) * _LN2 / S)
 
 # %% ../nbs/api/02_closed_forms.ipynb #3fb64295
 _QUICK = {"forward_kl": _forward_kl, "soft_cross_entropy": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd,
@@ -77,71 +81,74 @@ class Rows(NamedTuple):
         "The rows at an index or a slice."
         return Rows(*(x[index] if isinstance(x, Tensor) and x.dim() else x for x in self))
 
-# %% ../nbs/api/02_closed_forms.ipynb #c68b019e
+# %% ../nbs/api/02_closed_forms.ipynb #2a3224dd
 _FAR = 1e250
 
-def _exponents(x:Tensor, k:float|Tensor, out:Tensor, floor:bool)->Tensor:
-    "`x k`, in float32 less its largest value a row; float64 has the range to do without."
-    if out.dtype is torch.float64: out.copy_(x)
-    elif x.dtype is out.dtype: torch.sub(x, x.amax(-1, keepdim=True), out=out)
-    else: out.copy_(x).sub_(out.amax(-1, keepdim=True))
-    out.mul_(k.to(out.dtype) if isinstance(k, Tensor) else k)
-    return out.clamp_(min=-_FAR) if floor else out
+def _exponents(x:Tensor, out:Tensor)->Tensor:
+    "x, in float32 less its largest value a row; float64 has the range to do without."
+    if out.dtype is torch.float64: return out.copy_(x)
+    if x.dtype is out.dtype: return torch.sub(x, x.amax(-1, keepdim=True), out=out)
+    return out.copy_(x).sub_(out.amax(-1, keepdim=True))
+
+def _times(x:Tensor, k:float|Tensor, floor:bool)->Tensor:
+    "x k in place."
+    x.mul_(k.to(x.dtype) if isinstance(k, Tensor) else k)
+    return x.clamp_(min=-_FAR) if floor else x
 
 def _one_sided(d:Tensor, kind:str)->Tensor: # bool, (n, 1)
     "Rows with a class that one side alone excludes, unless it is the side that adds nothing to this divergence."
     below, above = d.amin(-1, keepdim=True) < -_FAR / 2, d.amax(-1, keepdim=True) > _FAR / 2
     return below if _QUICK[kind] is _forward_kl else above if kind == "reverse_kl" else below | above
 
-# %% ../nbs/api/02_closed_forms.ipynb #43a6bd07
+# %% ../nbs/api/02_closed_forms.ipynb #cde11ab9
 class _Soft(NamedTuple):
     "The divergence of some rows in the quick form; numbers of a row are (n, 1) in float64."
     loss: Tensor # what was asked for
     divergence: Tensor # the same without the teacher's entropy
-    gradient: tuple # (x, fx, y, fy)
-    sums: tuple # of the student's and the teacher's exponentials
+    factors: Tensor # f_a and f_b, (2, n, 1)
+    sums: Tensor # of the student's and the teacher's exponentials, (2, n, 1)
     lost: Tensor|None # rows that this form cannot do
 
 def _quick_soft(rows:Rows, kind:str, mix:float, arrays:Tensor, floor:bool)->_Soft:
-    a, b, d, w = arrays
-    k = 1 / _LN2 / rows.T
-    _exponents(rows.student, k, a, floor), _exponents(rows.teacher, k, b, floor)
+    (a, b, d, w), both = arrays, arrays[:2]
+    _exponents(rows.student, a), _exponents(rows.teacher, b)
+    _times(both, 1 / _LN2 / rows.T, floor)
     torch.sub(a, b, out=d)
     lost = _one_sided(d, kind) if floor else None
     with_entropy = kind == "soft_cross_entropy"
     if with_entropy: w.copy_(b)
-    S, U = _total(a.exp2_()), _total(b.exp2_())
-    bits, *gradient = _QUICK[kind](a, b, d, w, S, U, mix)
+    sums = _total(both.exp2_())
+    bits, factors = _QUICK[kind](a, b, d, w, sums, mix)
     divergence = loss = bits * _LN2
-    if with_entropy: loss = loss + U.log() - _LN2 * _total(w.mul_(b)) / U
-    return _Soft(loss, divergence, gradient, (S, U), lost)
+    if with_entropy: loss = loss + sums[1].log() - _LN2 * _total(w.mul_(b)) / sums[1]
+    return _Soft(loss, divergence, factors, sums, lost)
 
-# %% ../nbs/api/02_closed_forms.ipynb #26065108
+# %% ../nbs/api/02_closed_forms.ipynb #696a33ec
 def _quick_hard(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor]: # both (n, 1), float64
     "Cross-entropy, and the sum S by which its gradient, left in `h`, is still to be divided."
-    _exponents(rows.student, 1 / _LN2, h, floor).exp2_()
+    _times(_exponents(rows.student, h), 1 / _LN2, floor).exp2_()
     label = h.gather(-1, rows.target).double()
     others = _total(h.scatter_(-1, rows.target, 0))
     h.scatter_(-1, rows.target, -others.to(h.dtype))
     return (others / label).log1p_(), others + label
 
-# %% ../nbs/api/02_closed_forms.ipynb #b3dd4930
+# %% ../nbs/api/02_closed_forms.ipynb #ed72682b
 _SINGLE = {"forward_kl": (.15, math.inf), "soft_cross_entropy": (.15, math.inf), "reverse_kl": (.1, 3.)} # see _sure
 _LEAST = {torch.float32: 1e-8, torch.float64: 1e-4} # the least divergence for float64, by dtype of the result
 
 def _sure(soft:_Soft, gradient:Tensor|None, factor:float|Tensor, form:"_Form")->Tensor: # bool, (n, 1)
-    "Rows of which the divergence and its gradient have all their digits."
+    "Rows of which the divergence and its gradient are finite and have all their digits."
     if form.dtype is torch.float64:
-        sure = soft.divergence > _LEAST[form.result]
+        sure = (soft.divergence > _LEAST[form.result]) & (soft.divergence < torch.inf)
         return sure if soft.lost is None else sure & ~soft.lost
     share, most = _SINGLE[form.kind] # the gradient's of the largest probability, and the divergence where v is too large
-    largest = torch.minimum(*soft.sums).reciprocal() # as exponents go up to 0
+    largest = soft.sums.amin(0).reciprocal() # as exponents go up to 0
     sure = (soft.divergence > .1 * largest.sqrt() + .005) & (soft.divergence < most)
     if gradient is None: return sure
     top = torch.maximum(gradient.amax(-1, keepdim=True), -gradient.amin(-1, keepdim=True))
     return sure & (top >= share * abs(factor) * largest)
 
-# %% ../nbs/api/02_closed_forms.ipynb #ddb9a498
+# %% ../nbs/api/02_closed_forms.ipynb #2d110ab3
 class _Form(NamedTuple):
     "How rows are computed: what of, and with how much care."
     kind: str # the divergence
@@ -152,14 +159,12 @@ class _Form(NamedTuple):
 
 def _quick(rows:Rows, form:_Form, arrays:Tensor, grad:Tensor|None)->tuple[Tensor|None, Tensor|None, Tensor]:
     "Soft and hard losses (n, 1), and which rows are good; their gradient goes to `grad`."
-    soft = hard = g = None
-    good = True
+    soft = hard = g = good = None
     if rows.teacher is not None:
         soft = _quick_soft(rows, form.kind, form.mix, arrays, form.floor)
         if grad is not None:
-            x, fx, y, fy = soft.gradient
-            g = grad if grad.dtype is x.dtype else x
-            torch.sub(x.mul_((fx * rows.soft).to(x.dtype)), y.mul_((fy * rows.soft).to(y.dtype)), out=g)
+            a, b = _times(arrays[:2], soft.factors * rows.soft, False)
+            g = torch.sub(a, b, out=grad if grad.dtype is a.dtype else a)
         good = _sure(soft, g, rows.soft, form)
         soft = soft.loss
     if rows.target is not None:
@@ -168,9 +173,9 @@ def _quick(rows:Rows, form:_Form, arrays:Tensor, grad:Tensor|None)->tuple[Tensor
         if grad is not None:
             h.mul_((rows.hard / S).to(h.dtype))
             g = h if g is None else g.add_(h)
+        good = hard < torch.inf if good is None else good & (hard < torch.inf)
     if grad is not None and g is not grad: grad.copy_(g)
-    loss = soft if hard is None else hard if soft is None else soft + hard
-    return soft, hard, good & (loss < torch.inf)
+    return soft, hard, good
 
 # %% ../nbs/api/02_closed_forms.ipynb #b286c418
 def _log_to_mix(v:Tensor, share:float)->Tensor:
@@ -230,10 +235,10 @@ def _careful(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor
     if grad is not None: grad.copy_(g)
     return soft, hard
 
-# %% ../nbs/api/02_closed_forms.ipynb #26b68529
+# %% ../nbs/api/02_closed_forms.ipynb #2720c6c4
 _BLOCK = 2**17 # elements of a block and thread
 _SMALL = 2**14, 256 # fewer elements or classes: float64 at once
-_ON_GPU = 2**25 # elements of a block there: temporary arrays stay smaller than large logits
+_ON_GPU = 2**22 # elements of a block there: its thirty temporary arrays take half a gigabyte
 
 def _first_form(rows:Rows, kind:str, mix:float, result:torch.dtype)->_Form:
     "How to begin."
@@ -253,12 +258,13 @@ def _with_more_care(rows:Rows, form:_Form, good:Tensor, losses:tuple, grad:Tenso
         if loss is not None: loss[index] = new
     if grad is not None: grad[index] = g.to(grad.dtype)
 
-# %% ../nbs/api/02_closed_forms.ipynb #5ab017c0
+# %% ../nbs/api/02_closed_forms.ipynb #de67a319
 _kept = threading.local()
 
 def _scratch(n:int, C:int, dtype:torch.dtype)->Tensor: # (4, n, C)
     "Arrays for a block. A thread keeps its own, as fresh memory would cost more than what is done in it."
     size = 4 * n * C * dtype.itemsize
+    if size < _BLOCK: return torch.empty(4, n, C, dtype=dtype)
     memory = getattr(_kept, "memory", None)
     if memory is None or len(memory) < size:
         with torch.inference_mode(False): memory = torch.empty(size, dtype=torch.uint8)
@@ -301,14 +307,14 @@ def _on_gpu(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|
         found.append(_careful(rows.at(slice(i, i + step)), form, None if grad is None else grad[i:i + step]))
     return tuple(None if x[0] is None else torch.cat(x) for x in zip(*found))
 
-# %% ../nbs/api/02_closed_forms.ipynb #fa83d82b
+# %% ../nbs/api/02_closed_forms.ipynb #e6f39eab
 def rows_and_gradient(
     rows:Rows, # at least one row and one class
     kind:str, # one of KINDS
     mix:float, # its beta or alpha, 0 for those that have none
     result:torch.dtype, # of the loss: float32 or float64, to which its digits are held
     grad:Tensor|None, # filled with the gradient, (n, C), contiguous; None: nobody needs it
-)->tuple[Tensor|None, Tensor|None]: # soft and hard losses, (n,), without their factors, 0 where a row does not count
+)->tuple[Tensor|None, Tensor|None]: # soft and hard losses, (n, 1), without their factors, 0 where a row does not count
     """Losses of rows in nats and their gradient times its factors.
 
     On the CPU both are good to 1e-6 of the float64 result (gradients: of the row's largest), as the kernels' are. On a GPU
@@ -321,4 +327,4 @@ def rows_and_gradient(
     if rows.valid is not None:
         found = tuple(None if x is None else x.masked_fill(~rows.valid, 0) for x in found)
         if grad is not None: grad.masked_fill_(~rows.valid, 0)
-    return tuple(None if x is None else x.squeeze(-1) for x in found)
+    return found

@@ -118,11 +118,11 @@ def reduce_rows(rows:Tensor, valid:Tensor|None, row_weight:Tensor|None, q:Questi
     if q.reduction == "sum": return rows.sum()
     return rows.sum() / _denominator(valid, rows, q) if q.reduction == "mean" else rows
 
-# %% ../nbs/api/02_ops.ipynb #29180d28
+# %% ../nbs/api/02_ops.ipynb #06035ee7
 def _weighted(terms:dict[str, Tensor], valid, row_weight, q:Question)->Tensor:
     "Terms by row, weighted and reduced."
     weights = {q.kind: q.kl_weight, "cross_entropy": q.ce_weight}
-    rows = [weights[k] * v for k, v in terms.items()]
+    rows = [v if isinstance(weights[k], float) and weights[k] == 1 else weights[k] * v for k, v in terms.items()]
     return reduce_rows(rows[0] if len(rows) == 1 else sum(rows), valid, row_weight, q)
 
 def torch_loss(student, teacher, target, mask, row_weight, q:Question)->Tensor:
@@ -152,7 +152,7 @@ def _has_closed_form(student, teacher, row_weight, q:Question)->bool:
     if student.dtype not in _CODES or (teacher is not None and teacher.dtype not in _CODES): return False
     return not any(map(_learns, (teacher, row_weight, q.T, q.kl_weight, q.ce_weight, q.normalizer)))
 
-# %% ../nbs/api/02_ops.ipynb #1cb8c41f
+# %% ../nbs/api/02_ops.ipynb #290832cb
 def _one_a_row(x):
     "A tensor with a number for each row as (n, 1); on the CPU a number as a float, and others in float64."
     if not isinstance(x, Tensor): return x
@@ -166,12 +166,12 @@ def _closed_question(student, teacher, target, valid, row_weight, q:Question)->c
     if q.reduction == "mean": share = share / _one_a_row(_denominator(valid, student.select(-1, 0), q))
     if not q.use_ce: target = None
     elif valid is not None: target = target.masked_fill(~valid, 0)
-    flat = lambda x, last: None if x is None else x.reshape(-1, last)
     C = student.shape[-1]
+    flat = lambda x, last: x if x is None or x.dim() == 2 and x.shape[1] == last else x.reshape(-1, last)
     return closed_forms.Rows(flat(student, C), flat(teacher, C), flat(target, 1), flat(valid, 1), T,
                              (soft * T if q.t_squared else soft / T) * share, hard * share)
 
-# %% ../nbs/api/02_ops.ipynb #a800e407
+# %% ../nbs/api/02_ops.ipynb #c51f83ac
 def _closed_rows(student, teacher, target, mask, row_weight, q:Question, need_grad:bool)->tuple:
     "Terms by row and which rows count, as from `torch_rows`, and the student's gradient; float16's is float32."
     valid, out, grad = _valid(target, mask, q.ignore_index), _loss_dtype(student, teacher), None
@@ -179,7 +179,7 @@ def _closed_rows(student, teacher, target, mask, row_weight, q:Question, need_gr
     if need_grad:
         narrow = torch.float32 if student.dtype is torch.float16 else student.dtype
         grad = _empty_grad(student.shape, narrow, student.device)
-    flat = None if grad is None else grad.view(rows.student.shape)
+    flat = grad if grad is None or grad.dim() == 2 else grad.view(rows.student.shape)
     soft, hard = closed_forms.rows_and_gradient(rows, q.kind, q.mix, out, flat)
     terms, shape = {}, student.shape[:-1]
     if soft is not None: terms[q.kind] = soft.view(shape) * q.T**2 if q.t_squared else soft.view(shape)

@@ -359,7 +359,7 @@ def test_bad_arguments_are_named(change, words):
 
 def test_estimate_memory():
     way = kd.estimate_memory(1024, 32_000, 512)
-    assert way["linear"] < way["linear_torch"] < way["sparse"] < way["logits"] < way["eager"] < way["logits_torch"]
+    assert way["linear"] < way["linear_torch"] < way["sparse"] < way["logits"] < way["logits_torch"] < way["eager"]
     logits, head = 1024 * 32_000 * 4, 32_000 * 512 * 4 + 1024 * 512 * 4
     assert way["eager"] == 7 * logits and way["logits"] == 3 * logits
     assert way["linear"] == 2 * 205 * 32_000 * 4 + head # 5 chunks of 205 rows

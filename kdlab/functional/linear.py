@@ -100,24 +100,35 @@ def _chunk_loss(z_s, z_t, target, mask, row_weight, q, grad_in, need_grad:bool, 
         return _chunk_loss(z_s, z_t, target, mask, row_weight, q, grad_in, need_grad, backend)
     return out, grad
 
-# %% ../../nbs/api/functional/05_linear.ipynb #184a7ad6
+# %% ../../nbs/api/functional/05_linear.ipynb #1aeef596
 def _autograd_here():
     "Autograd, also inside an operator."
     key = torch._C.DispatchKey.AutogradFunctionality
     if not torch._C._dispatch_tls_is_dispatch_key_excluded(key): return nullcontext()
     return torch._C._SetExcludeDispatchKeyGuard(key, False)
 
+def _in_range(z_s, target, mask, q)->tuple[Tensor, Tensor]:
+    "Rows with a label out of range as NaN: eager code has looked before, an operator may not raise."
+    if not q.use_ce or not _may_look(z_s): return z_s, target
+    bad = ops._first_bad_label(target, ops._valid(target, mask, q.ignore_index), z_s.shape[-1])
+    return ops._spoil_bad_labels(z_s, target, q) if bad >= 0 else (z_s, target)
+
 def _torch_rows(z_s, z_t, target, mask, row_weight, q, grad_in, need_grad:bool)->tuple[Tensor, Tensor|None]:
-    "Loss and gradient of some rows by autograd."
+    "Loss and gradient of some rows: in closed form, or by autograd."
+    if ops._has_closed_form(z_s, z_t, row_weight, q):
+        z_s, target = _in_range(z_s, target, mask, q)
+        terms, valid, grad = ops._closed_rows(z_s, z_t, target, mask, row_weight, q, need_grad)
+        if need_grad and grad_in is not None: grad.mul_(grad_in.unsqueeze(-1) if grad_in.dim() else grad_in)
+        return ops._weighted(terms, valid, row_weight, q).to(ops._loss_dtype(z_s, z_t)), grad
     with _autograd_here(), torch.enable_grad():
         z_s = z_s.detach().requires_grad_(need_grad)
         loss = ops.torch_loss(z_s, z_t, target, mask, row_weight, q)
         return loss.detach(), torch.autograd.grad(loss, z_s, grad_in)[0] if need_grad else None
 
-# %% ../../nbs/api/functional/05_linear.ipynb #6d61d9cc
+# %% ../../nbs/api/functional/05_linear.ipynb #a4527ce2
 def _at_once(device:str)->int:
     "Logits that plain torch takes at a time."
-    return 2**16 if device == "cpu" else 2**25
+    return 2**17 if device == "cpu" else 2**25
 
 def _torch_chunk(z_s, z_t, target, mask, row_weight, q, grad_in, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "Loss and gradient of a chunk in plain torch, a few rows at a time; the gradient is written over the logits."
@@ -449,8 +460,8 @@ def linear_soft_cross_entropy(
                    row_weight=row_weight, reduction=reduction, normalizer=normalizer, chunk=chunk,
                    detach_teacher=detach_teacher, backend=backend)
 
-# %% ../../nbs/api/functional/05_linear.ipynb #2a59d78c
-_TEMPORARIES = 35 # tensors that plain torch keeps on its way through the accurate form, with its gradient
+# %% ../../nbs/api/functional/05_linear.ipynb #049f6ecc
+_TEMPORARIES = 35 # tensors that plain torch keeps on its way through the careful form, for a block of rows
 
 def estimate_memory(
     rows:int, # tokens in a batch
@@ -469,7 +480,7 @@ def estimate_memory(
     logit, step = rows * classes * itemsize, chunk or chunk_rows(rows, classes, itemsize, device)
     head = classes * width * (itemsize if itemsize >= 4 else 4 + itemsize) + rows * width * itemsize # gradients
     wide = 8 if device == "cpu" else max(4, itemsize)
-    linear, taken = 2 * step * classes * itemsize + head, min(step * classes, max(_at_once(device), classes))
-    return {"eager": max(7 * logit, logit + head), "logits": max(3 * logit, logit + head),
-            "logits_torch": _TEMPORARIES * wide * rows * classes, "linear": linear,
-            "linear_torch": linear + _TEMPORARIES * wide * taken, "sparse": max(2 * logit + 16 * rows * k, logit + head)}
+    linear, logits = 2 * step * classes * itemsize + head, max(3 * logit, logit + head)
+    blocks = lambda rows: _TEMPORARIES * wide * min(rows * classes, max(_at_once(device), classes))
+    return {"eager": max(7 * logit, logit + head), "logits": logits, "logits_torch": logits + blocks(rows),
+            "linear": linear, "linear_torch": linear + blocks(step), "sparse": max(2 * logit + 16 * rows * k, logit + head)}
