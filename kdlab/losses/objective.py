@@ -145,9 +145,9 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
                          f"teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #0215f573
-class _Bindable(nn.Module):
-    "A module that can be bound to layers of two models."
+# %% ../../nbs/api/losses/01_objective.ipynb #291e7df2
+class _Known(nn.Module):
+    "What a run wants to know of a loss before it calls it."
     bound = None # the Binding, once there is one
     compares = "logits" # or features: what it gets from `kd.distill` while it is bound to nothing; features must be bound
     masks_tokens = True # does it take a mask (B, N) for tensors (B, N, D)?
@@ -159,6 +159,9 @@ class _Bindable(nn.Module):
         "The shape (B, N) of a mask over the tokens of these features, or None where they have none."
         return tuple(student.shape[:2]) if isinstance(student, Tensor) and student.dim() == 3 else None
 
+# %% ../../nbs/api/losses/01_objective.ipynb #5d3a87f0
+class _Bindable(_Known):
+    "A module that can be bound to layers of two models."
     def on(self,
         layers:str|list[str]|None=None, # names of layers in both models
         /,
