@@ -42,12 +42,17 @@ def _leaves(x, name:str="")->list[tuple[str, object]]:
     else: return [(name, x)]
     return [leaf for key, value in items for leaf in _leaves(value, f"{name}.{key}")]
 
-# %% ../nbs/api/04_checkpoints.ipynb #c5ad0eb5
+# %% ../nbs/api/04_checkpoints.ipynb #560a335c
 def owners(loader)->list:
     "A loader and the parts of it that may hold chance."
     samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    found = [loader, *samplers, *(getattr(s, "sampler", None) for s in samplers), getattr(loader, "dataset", None)]
+    found = [loader, *samplers, *(getattr(s, "sampler", None) for s in samplers), *_datasets(loader)]
     return list({id(x): x for x in found if x is not None}.values())
+
+def _datasets(owner, depth:int=8)->list:
+    "The data set of a loader, and those inside it: of a Subset, of a ConcatDataset, of `kd.cache.Numbered`."
+    inside = [getattr(owner, "dataset", None), *(held if isinstance(held := getattr(owner, "datasets", None), (list, tuple)) else [])]
+    return [x for d in inside if d is not None and depth for x in (d, *_datasets(d, depth - 1))]
 
 def start_epoch(
     seed:int, # of the run

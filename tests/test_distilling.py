@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdlab as kd
+from kdlab.checkpoints import _datasets, owners
 from kdlab.distilling import fingerprint
 from small import data, loader, net, taught
 
@@ -266,9 +267,10 @@ class Chancy(torch.utils.data.Dataset):
 
 
 def rich_run(**kwargs):
-    "A run with all that a checkpoint must hold: dropout, batch norm, momentum, a schedule, a projector, moving numbers."
-    losses = [(lambda t: 1 - t) * kd.CrossEntropy(), kd.SoftKL(T=lambda t: 4 - t), kd.Hint(project="auto").on("3")]
-    train = DataLoader(Chancy(), 16, shuffle=True, generator=torch.Generator())
+    "A run with all that a checkpoint must hold: dropout, batch norm, momentum, a schedule, a projector, moving numbers, a bank."
+    losses = [(lambda t: 1 - t) * kd.CrossEntropy(), kd.SoftKL(T=lambda t: 4 - t), kd.Hint(project="auto").on("3"),
+              0.1 * kd.CRD(size=64, width=4, others=8).on("0")]
+    train = DataLoader(kd.cache.Numbered(Chancy()), 16, shuffle=True, generator=torch.Generator())
     return distill(net(), net(9, 32), epochs=4, losses=losses, train=train, patience=3, **kwargs,
                    optimizer=lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
                    scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=16))
@@ -282,6 +284,13 @@ def killed_at(out, step):
     child.start()
     child.join(60)
     return child.exitcode
+
+
+def test_chance_is_found_in_data_sets_inside_data_sets():
+    chancy = Chancy()
+    both = torch.utils.data.ConcatDataset([torch.utils.data.Subset(kd.cache.Numbered(chancy), range(8)), torch.utils.data.Subset(chancy, range(8))])
+    found = owners(DataLoader(torch.utils.data.Subset(both.datasets[1], range(4)), 2))
+    assert chancy in found and chancy in owners(DataLoader(both.datasets[0], 2)) and chancy in _datasets(DataLoader(both, 2)) and not _datasets([1])
 
 
 @pytest.mark.parametrize("seed", range(3))

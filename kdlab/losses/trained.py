@@ -33,7 +33,7 @@ def _pointwise(source:int, target:int, like:tuple, bias:bool=False)->nn.Module:
     "A 1x1 convolution for maps, a linear layer for tokens and vectors."
     return nn.Conv2d(source, target, 1, bias=bias) if len(like) == 4 else nn.Linear(source, target, bias=bias)
 
-# %% ../../nbs/api/losses/09_trained.ipynb #889e1a58
+# %% ../../nbs/api/losses/09_trained.ipynb #4cd9acd6
 class _Norm(nn.BatchNorm2d):
     "Batch norm that falls back on its running statistics where a batch is too small."
     def forward(self, x):
@@ -44,6 +44,7 @@ def _convolved(source:int, target:int, size:int=1)->list[nn.Module]:
     "A convolution that keeps height and width, batch norm, ReLU."
     return [nn.Conv2d(source, target, size, padding=size // 2, bias=False), _Norm(target), nn.ReLU()]
 
+# %% ../../nbs/api/losses/09_trained.ipynb #4d1fe186
 @contextlib.contextmanager
 def _still(module:nn.Module): # a context in which batch norms keep no statistics
     norms = [m for m in module.modules() if isinstance(m, _Norm)]
@@ -330,7 +331,7 @@ class SRRL(_Shown):
         regression = "mean (W h_s - W h_t)²" if self.by == "logits" else "CE(softmax(W h_t), softmax(W h_s))"
         return f"mean (h_s - h_t)² + {self.beta:g}·{regression}"
 
-# %% ../../nbs/api/losses/09_trained.ipynb #8a35037a
+# %% ../../nbs/api/losses/09_trained.ipynb #9cb5cf5d
 def _leaky(*layers:nn.Module)->nn.Sequential:
     "A leaky ReLU after each layer."
     return nn.Sequential(*(m for layer in layers for m in (layer, nn.LeakyReLU(0.1))))
@@ -340,6 +341,7 @@ def _encoder(source:int, factors:int)->nn.Sequential:
     conv = lambda i, o: nn.Conv2d(i, o, 3, padding=1)
     return _leaky(conv(source, source), conv(source, factors), conv(factors, factors))
 
+# %% ../../nbs/api/losses/09_trained.ipynb #31b17831
 class Paraphraser(nn.Module):
     """Half of an autoencoder on a teacher's maps; `kd.paraphraser(teacher, layer, train)` makes one and trains it.
 
@@ -480,28 +482,10 @@ class _Embedded(nn.Module):
         x = x.flatten(1)
         return unit(self.layers(F.pad(x @ x.T, (0, self.samples - len(x)))))
 
-# %% ../../nbs/api/losses/09_trained.ipynb #92631839
-class SemCKD(_Shown):
-    """Semantic calibration: every student layer against every teacher layer, weighted by attention.
-
-    L = mean over samples and student layers i of sum_j a_ij mean (R_ij(s_i) - t_j)², a = softmax over j of q_i·k_j;
-    queries and keys are made from the batch's Gram matrices, R_ij is 1x1, 3x3, 1x1 convolutions; the larger map is
-    averaged down. Bound to several layers at once; the sides may have different numbers. Chen et al. 2021
-    (arXiv:2012.03236). Paper, authors' code and we agree, but for the size of a batch: their networks take one size
-    only, we fill smaller ones up with zeros, and take larger ones in parts when nothing is trained. Called as `(student,
-    teacher, target=None, *, mask)`."""
-    term, several, couples = "semckd", True, True
-
-    def __init__(self,
-        student:list|None=None, # shapes of the student's layers, the batch first, or the maps; None waits
-        teacher:list|None=None, # the teacher's
-        *,
-        samples:int|None=None, # in the largest batch; None: as many as in the shapes
-        reduction:str="mean", # mean, sum or none
-        detach_teacher:bool=True, # False lets gradients into the teacher
-    ):
-        self.samples = samples
-        super().__init__(student, teacher, reduction, detach_teacher)
+# %% ../../nbs/api/losses/09_trained.ipynb #2e125dca
+class _Calibrated(_Shown):
+    "Queries, keys, and a regression for each pair of layers."
+    several = True
 
     def networks(self, student, teacher):
         self.samples = samples = self.samples or student[0][0]
@@ -528,6 +512,29 @@ class SemCKD(_Shown):
         pairs = zip(self.layers["regression"], student)
         apart = [torch.stack([self._apart(f, s, t) for f, t in zip(row, teacher)], 1) for row, s in pairs]
         return reference.semckd(torch.stack(apart, 1), q, k)
+
+# %% ../../nbs/api/losses/09_trained.ipynb #baf76e72
+class SemCKD(_Calibrated):
+    """Semantic calibration: every student layer against every teacher layer, weighted by attention.
+
+    L = mean over samples and student layers i of sum_j a_ij mean (R_ij(s_i) - t_j)², a = softmax over j of q_i·k_j;
+    queries and keys are made from the batch's Gram matrices, R_ij is 1x1, 3x3, 1x1 convolutions; the larger map is
+    averaged down. Bound to several layers at once; the sides may have different numbers. Chen et al. 2021
+    (arXiv:2012.03236). Paper, authors' code and we agree, but for the size of a batch: their networks take one size
+    only, we fill smaller ones up with zeros, and take larger ones in parts when nothing is trained. Called as `(student,
+    teacher, target=None, *, mask)`."""
+    term, couples = "semckd", True
+
+    def __init__(self,
+        student:list|None=None, # shapes of the student's layers, the batch first, or the maps; None waits
+        teacher:list|None=None, # the teacher's
+        *,
+        samples:int|None=None, # in the largest batch; None: as many as in the shapes
+        reduction:str="mean", # mean, sum or none
+        detach_teacher:bool=True, # False lets gradients into the teacher
+    ):
+        self.samples = samples
+        super().__init__(student, teacher, reduction, detach_teacher)
 
     def extra_repr(self): return "" if self.samples is None else f"samples={self.samples}"
 
@@ -574,9 +581,18 @@ class _Bank(nn.Module):
         for held, x in ((self.ids, ids), (self.labels, labels)): held[places] = -1 if x is None else x
         self.next.copy_((self.next + (len(places) if known is None else (~known).sum())) % size)
 
-# %% ../../nbs/api/losses/09_trained.ipynb #3758faf8
+# %% ../../nbs/api/losses/09_trained.ipynb #4bfb5379
 class _Contrast(_Shown):
     "The value of CRD, and what its bank does."
+    def entries(self, shape): return math.prod(shape[1:])
+
+    def forward(self, student, teacher, target=None, *, ids=None, mask=None):
+        extra = {"ids": ids, "labels": target}
+        for name, x in extra.items():
+            if x is not None: check_rows(name, x, _all(student)[0].flatten(1), "integer")
+            extra[name] = None if x is None else (x if mask is None else x[mask]).long()
+        return self.compare(student, teacher, None, mask=mask, reduction=self.reduction, **extra)
+
     def values(self, student, teacher, ids=None, labels=None):
         bank, wide = self.layers["bank"], self.layers["student"].weight.dtype
         s, t = (unit(self.layers[n](x.flatten(1))) for n, x in (("student", student), ("teacher", teacher)))
@@ -596,7 +612,7 @@ class _Contrast(_Shown):
             bank.remember(at, (s, t), ids, labels, self.momentum)
         return total
 
-# %% ../../nbs/api/losses/09_trained.ipynb #bc2d5f3b
+# %% ../../nbs/api/losses/09_trained.ipynb #8cf81dbc
 class CRD(_Contrast):
     """Contrastive representation distillation: are this student's and that teacher's embedding of one sample?
 
@@ -632,15 +648,6 @@ class CRD(_Contrast):
     def networks(self, student, teacher):
         layer = lambda shape: nn.Linear(math.prod(shape[1:]), self.width)
         return nn.ModuleDict({"student": layer(student), "teacher": layer(teacher), "bank": _Bank(self.size, self.width)})
-
-    def entries(self, shape): return math.prod(shape[1:])
-
-    def forward(self, student, teacher, target=None, *, ids=None, mask=None):
-        extra = {"ids": ids, "labels": target}
-        for name, x in extra.items():
-            if x is not None: check_rows(name, x, _all(student)[0].flatten(1), "integer")
-            extra[name] = None if x is None else (x if mask is None else x[mask]).long()
-        return self.compare(student, teacher, None, mask=mask, reduction=self.reduction, **extra)
 
     def extra_repr(self): return f"size={self.size}" + ("" if self.tau == 0.07 else f", tau={self.tau:g}")
 
