@@ -647,6 +647,47 @@ def test_row_weights_multiply_rows():
         assert s.grad[2].eq(0).all() and s.grad.isfinite().all()
 
 
+AROUND = {"Standardized": lambda: kd.Standardized(kd.ForwardKL()), "RowWeighted": lambda: kd.RowWeighted(kd.SoftKL(), named_weights),
+          "ConfidenceWeighted": lambda: kd.ConfidenceWeighted(kd.SoftKL(), normalize=True), "DifficultyWeighted": lambda: kd.DifficultyWeighted(kd.SoftKL()),
+          "EntropyWeighted": lambda: kd.EntropyWeighted(kd.SoftKL())}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_does_not_count_may_hold_anything(name):
+    loss, y, mask = AROUND[name](), torch.arange(7) % 3, torch.ones(7, dtype=torch.bool)
+    y[1], mask[4] = -100, False
+    s, z = S.clone(), Z.clone()
+    s[1], s[4], z[1], z[4] = torch.nan, torch.inf, torch.inf, torch.nan
+    s.requires_grad_(), (clean := S.clone().requires_grad_())
+    loss(s, z, y, mask=mask).backward(), loss(clean, Z, y, mask=mask).backward()
+    torch.testing.assert_close(s.grad, clean.grad)
+    assert s.grad[1].eq(0).all() and s.grad[4].eq(0).all() and s.grad[0].ne(0).any()
+    for part in loss.parts(s, z, labels=y, mask=mask).values(): assert part.rows[[1, 4]].eq(0).all() and part.rows.isfinite().all()
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_no_classes_and_no_rows_are_zero(name):
+    for shape in ((4, 0), (0, 5), (0, 0)):
+        s, y = torch.zeros(shape, requires_grad=True), torch.full(shape[:1], -100)
+        value = AROUND[name]()(s, torch.zeros(shape), y)
+        value.backward()
+        assert value == 0 and s.grad.shape == shape
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("given, error, words", [
+    (dict(mask=torch.ones(3, dtype=torch.bool)), ValueError, "mask must have the shape"), (dict(mask=torch.ones(7)), TypeError, "mask must be bool"),
+    (dict(row_weight=torch.ones(3)), ValueError, "row_weight must have the shape"), (dict(labels=torch.zeros(3).long()), ValueError, "target must have the shape"),
+])
+def test_what_goes_around_a_loss_names_wrong_arguments(name, given, error, words):
+    with pytest.raises(error, match=words): AROUND[name]()(S, Z, **({"labels": Y} | given))
+
+
+def test_weights_of_rows_must_be_one_number_a_row():
+    for by, error, words in ((lambda s, t, y: torch.ones(3), ValueError, "weights of by= must have the shape"), (lambda s, t, y: 1., TypeError, "weights of rows must be a tensor")):
+        with pytest.raises(error, match=words): kd.RowWeighted(kd.SoftKL(), by)(S, Z, Y)
+
+
 def test_row_weights_at_their_ends():
     sure = torch.tensor([[200.0, 0.0], [0.0, 200.0], [0.0, 0.0]], dtype=torch.float64)
     y = torch.zeros(3, dtype=torch.long)

@@ -97,6 +97,9 @@ class WideRows {
     static constexpr int most_e = 4;                        // the largest exponential
     R margin;                                               // by how much a row may exceed its reference, so that it is
     struct Reference { R s, t; } *references;               // of each step along the row
+    // Logits are prefetched into the first cache, or the second: faster by a tenth where that holds the scratch as well,
+    // but not for short rows, nor for halves of a float.
+    const bool second_cache;
     const V low = all<V>(-INFINITY);
     static constexpr int64_t step = (lanes<V> < 16 ? 8 : 16) * lanes<V>;     // the fewer lanes, the shorter their sums
 
@@ -177,6 +180,18 @@ class WideRows {
         }
     }
 
+    // Asks memory for two vectors ahead of p.
+    static void ask_ahead(const E* p, bool second_cache) {
+        if (second_cache) {
+            const char* next = reinterpret_cast<const char*>(p) + 2560;
+            fetch(next);
+            fetch(next + sizeof(V));
+        } else {
+            prefetch(p);
+            if (sizeof(E) > 2) prefetch(p + lanes<V>);
+        }
+    }
+
     // Elements from `begin` to `end`: exponentials and sums of `row`, and if kGrad the gradient of the row before. What
     // lies behind the row's end counts nothing.
     template <bool kGrad>
@@ -187,6 +202,7 @@ class WideRows {
         const Temperature<V> T = temperature;
         const Factors<V> f = factors;
         const bool past_cache = job.stream;
+        const bool second_cache = this->second_cache;
         V top_s = z.top_s, top_t = z.top_t;
         auto exponentials = [&](int64_t i, V s, V t, Part<V>& p) {
             V a = s - from_s;
@@ -219,12 +235,10 @@ class WideRows {
             if (kGrad) give_pair(grad + i, gradient_at(x, i, f), gradient_at(x, i + L, f), past_cache);
             V s[2], t[2] = {};
             load_pair(row_s + i, s[0], s[1]);
-            prefetch(row_s + i);
-            if (sizeof(E) > 2) prefetch(row_s + i + L);
+            ask_ahead(row_s + i, second_cache);
             if (kKL) {
                 load_pair(row_t + i, t[0], t[1]);
-                prefetch(row_t + i);
-                if (sizeof(E) > 2) prefetch(row_t + i + L);
+                ask_ahead(row_t + i, second_cache);
             }
             exponentials(i, s[0], t[0], even);
             exponentials(i + L, s[1], t[1], odd);
@@ -376,7 +390,9 @@ class WideRows {
     }
 
 public:
-    WideRows(const Job& j, int64_t stop, void* memory) : job(j), cols(j.cols), padded((cols + 15) / 16 * 16), end(stop), temperature(j.T) {
+    WideRows(const Job& j, int64_t stop, void* memory)
+        : job(j), cols(j.cols), padded((cols + 15) / 16 * 16), end(stop), temperature(j.T),
+          second_cache(sizeof(E) > 2 && cols >= 4096 && cols * sizeof(E) <= 256 << 10) {
         R* m = static_cast<R*>(memory);
         x = {m, kKL ? m + padded : m, kCE && kKL ? m + 2 * padded : m};
         references = reinterpret_cast<Reference*>(m + (sizeof(E) < sizeof(R) ? 5 : 3) * padded);

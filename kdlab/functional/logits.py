@@ -107,7 +107,7 @@ def binary_forward_kl(
         return value * (T.squeeze(-1) if ops._by_row(T) else T)**2 if t_squared else value
     return plain_rows(formula, *rows, T, q)
 
-# %% ../../nbs/api/functional/10_logits.ipynb #cb720322
+# %% ../../nbs/api/functional/10_logits.ipynb #f9e088c0
 def standardize(
     x:Tensor, # logits, (..., C)
     dim:int=-1, # the class dimension
@@ -119,6 +119,7 @@ def standardize(
     class excluded with -inf stays excluded and is not counted; a row without spread becomes 0, with no gradient. Their
     loss weight is 9 at T = 2."""
     check_logits("x", x)
+    if not x.numel(): return x.to(ops._loss_dtype(x, None)) # no rows or no classes
     with without_autocast(x):
         z = reference.standardize(classes_last(x, dim).to(ops._wide(x, None)))
         return z.to(ops._loss_dtype(x, None)).movedim(-1, dim)

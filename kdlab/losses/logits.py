@@ -6,14 +6,14 @@
 __all__ = ['LogitLoss', 'NKD', 'BinaryForwardKL', 'SoftSpearman', 'TeacherFree', 'Standardized', 'RowWeighted',
            'ConfidenceWeighted', 'DifficultyWeighted', 'EntropyWeighted']
 
-# %% ../../nbs/api/losses/10_logits.ipynb #d68c4acf
+# %% ../../nbs/api/losses/10_logits.ipynb #ccd072f4
 import torch
 from torch import Tensor
 from ..functional import labels as label_functions
 from ..functional import logits as functions
 from ..functional import ranking, row_weights
 from ..functional.contract import (
-    check_pair, check_reduction, check_weight, is_soft_target, pick_target)
+    check_pair, check_reduction, check_rows, check_weight, classes_last, is_soft_target, pick_target)
 from .objective import Loss, Number, Part, check_temperature, live, shown
 
 # %% ../../nbs/api/losses/10_logits.ipynb #e580284e
@@ -192,7 +192,15 @@ class _Around(Loss):
         "The loss as it is written on paper."
         return self.written.format(self.loss.equation())
 
-# %% ../../nbs/api/losses/10_logits.ipynb #791bb8dc
+# %% ../../nbs/api/losses/10_logits.ipynb #40dc688f
+def _counted(loss:_Around, student, target, mask)->Tensor|None:
+    "Which rows count, or None when all do."
+    rows, labelled = classes_last(student, loss.dim), target is not None and not is_soft_target(target, student)
+    if mask is not None: check_rows("mask", mask, rows, "bool")
+    if labelled: check_rows("target", target, rows, "integer")
+    return functions.ops._valid(target if labelled else None, mask, loss.ignore_index)
+
+# %% ../../nbs/api/losses/10_logits.ipynb #ba2c7fe2
 class Standardized(_Around):
     """A loss on standardised logits: student and teacher go through `kdlab.functional.standardize` first.
 
@@ -200,18 +208,22 @@ class Standardized(_Around):
     outside, on the logits as they are. Called as the loss inside."""
     written = "{}, of z-scores of the logits"
 
-    def forward(self, student, teacher, target=None, **options):
-        return self.loss(*self._standard(student, teacher), target, **options)
+    def forward(self, student, teacher, target=None, *, labels=None, **options):
+        return self.loss(*self._standard(student, teacher, target, labels, options), **options)
 
-    def _standard(self, student, teacher)->tuple[Tensor, Tensor]:
+    def _standard(self, student, teacher, target, labels, options)->tuple:
+        "The z-scores, of zeros where a row does not count, and the target."
         check_pair(student, teacher)
-        return tuple(functions.standardize(x, self.dim) for x in (student, teacher))
+        target = pick_target(target, labels)
+        counts = _counted(self, student, target, options.get("mask"))
+        still = lambda x: x if counts is None else x.masked_fill(~counts.unsqueeze(self.dim), 0) # it may hold NaN
+        return *(functions.standardize(still(x), self.dim) for x in (student, teacher)), target
 
-    def parts(self, student, teacher, target=None, **options)->dict[str, Part]:
+    def parts(self, student, teacher, target=None, *, labels=None, **options)->dict[str, Part]:
         "The parts of the loss inside."
-        return self.loss.parts(*self._standard(student, teacher), target, **options)
+        return self.loss.parts(*self._standard(student, teacher, target, labels, options), **options)
 
-# %% ../../nbs/api/losses/10_logits.ipynb #31d2bfad
+# %% ../../nbs/api/losses/10_logits.ipynb #4658b6fc
 class RowWeighted(_Around):
     """A loss whose rows are weighted by `by(student, teacher, target)`, times the `row_weight` that is passed.
 
@@ -240,7 +252,9 @@ class RowWeighted(_Around):
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
         target = pick_target(target, labels)
         w = _row_weights(self, student, teacher, target, mask)
-        if row_weight is not None: w = w * row_weight
+        if row_weight is not None:
+            check_rows("row_weight", row_weight, classes_last(student, self.dim), "float")
+            w = w * row_weight
         return self.loss(student, teacher, target, mask=mask, row_weight=w, normalizer=normalizer)
 
     def parts(self, student, teacher, target=None, **options)->dict[str, Part]:
@@ -249,15 +263,18 @@ class RowWeighted(_Around):
 
     def extra_repr(self): return f"by={getattr(self.by, '__name__', self.by)}"
 
-# %% ../../nbs/api/losses/10_logits.ipynb #6165441f
+# %% ../../nbs/api/losses/10_logits.ipynb #9ee844e0
 def _row_weights(loss:RowWeighted, student, teacher, target, mask)->Tensor:
     "The weights of a batch, divided by their mean if so wished."
     check_pair(student, teacher)
+    valid, rows = _counted(loss, student, target, mask), classes_last(student, loss.dim)
+    if not student.numel(): return rows.new_ones(rows.shape[:-1], dtype=torch.float32) # no rows or no classes
     labelled = target is not None and not is_soft_target(target, student)
     if labelled and mask is not None: target = target.masked_fill(~mask, loss.ignore_index) # not looked at
     with torch.no_grad(): w = loss.own_weights(student, teacher, target)
+    if not isinstance(w, Tensor): raise TypeError(f"the weights of rows must be a tensor, got {type(w).__name__} from by=")
+    check_rows("the weights of by=", w, rows, "float")
     if not loss.normalize: return w
-    valid = functions.ops._valid(target if labelled else None, mask, loss.ignore_index)
     own = w if valid is None else w.masked_fill(~valid, 0)
     mean = own.sum() / (max(1, w.numel()) if valid is None else valid.sum().clamp(min=1))
     return w / mean.where(mean > 0, 1)

@@ -52,7 +52,7 @@ def _still(module:nn.Module): # a context in which batch norms keep no statistic
     finally:
         for m in norms: m.track_running_stats = True
 
-# %% ../../nbs/api/losses/09_trained.ipynb #e1a01927
+# %% ../../nbs/api/losses/09_trained.ipynb #d2195e46
 def _check(loss, student, teacher, mask)->None:
     "Raise unless there are networks, and features of the kind and number that they take."
     if loss.pending():
@@ -64,6 +64,15 @@ def _check(loss, student, teacher, mask)->None:
     for s in _all(student):
         for t in _all(teacher): check_features(loss.term, s, t, loss.dims)
     check_mask(loss.term, mask, _all(student)[0], tokens=False)
+    _check_widths(loss, *(_each(x, lambda y: tuple(y.shape)) for x in (student, teacher)))
+
+def _check_widths(loss, student, teacher)->None:
+    "Raise unless the shapes are of the kind that the networks were made for."
+    widths = lambda x: [(len(shape), loss.entries(shape)) for shape in (x if loss.several else [x])]
+    if widths(student) == widths(loss.shapes[0]) and widths(teacher) == widths(loss.shapes[1]): return
+    if loss.several and [len(student), len(teacher)] != [*map(len, loss.shapes)]: return # said with more words by the loss
+    raise ValueError(f"the networks of {loss.term} were made for a student with {loss.shapes[0]} and a teacher with "
+                     f"{loss.shapes[1]}, got {student} and {teacher}: make another {type(loss).__name__} for these")
 
 def _all(x)->list[Tensor]: return list(x) if isinstance(x, (tuple, list)) else [x]
 
@@ -71,7 +80,7 @@ def _each(x, g):
     "g of a tensor, or of each of several."
     return [g(y) for y in x] if isinstance(x, (tuple, list)) else g(x)
 
-# %% ../../nbs/api/losses/09_trained.ipynb #910a0654
+# %% ../../nbs/api/losses/09_trained.ipynb #7ce1dd6c
 class TrainedLoss(FeatureLoss):
     """A loss with networks of its own, made from shapes; called as `(student, teacher, target=None, *, mask)`.
 
@@ -80,19 +89,23 @@ class TrainedLoss(FeatureLoss):
 
     def __init__(self, student, teacher, reduction:str, detach_teacher:bool):
         super().__init__(reduction, detach_teacher, "auto")
-        self.layers = None
+        self.layers = self.shapes = None
         if (student is None) != (teacher is None):
             raise TypeError(f"{type(self).__name__} takes the shapes of both sides, or of none")
         if student is not None: self._make(student, teacher)
 
     def _make(self, student, teacher)->None:
         several = _each if self.several else lambda x, g: g(x)
-        shapes = (several(x, lambda y: tuple(y.shape if isinstance(y, Tensor) else y)) for x in (student, teacher))
-        self.layers = self.networks(*shapes)
+        self.shapes = tuple(several(x, lambda y: tuple(y.shape if isinstance(y, Tensor) else y)) for x in (student, teacher))
+        self.layers = self.networks(*self.shapes)
         like = next((x for x in (*_all(student), *_all(teacher)) if isinstance(x, Tensor)), None)
         if like is not None: self.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     def pending(self): return self.layers is None
+
+    def entries(self, shape:tuple)->int:
+        "What the networks are made for in features of this shape."
+        return _channels(shape)
 
     def made_for(self, student, teacher, projector)->FeatureLoss:
         "A copy with networks for features like these."
@@ -577,7 +590,7 @@ class _Contrast(_Shown):
             bank.remember(at, (s, t), ids, labels, self.momentum)
         return total
 
-# %% ../../nbs/api/losses/09_trained.ipynb #804fbf32
+# %% ../../nbs/api/losses/09_trained.ipynb #bc2d5f3b
 class CRD(_Contrast):
     """Contrastive representation distillation: are this student's and that teacher's embedding of one sample?
 
@@ -613,6 +626,8 @@ class CRD(_Contrast):
     def networks(self, student, teacher):
         layer = lambda shape: nn.Linear(math.prod(shape[1:]), self.width)
         return nn.ModuleDict({"student": layer(student), "teacher": layer(teacher), "bank": _Bank(self.size, self.width)})
+
+    def entries(self, shape): return math.prod(shape[1:])
 
     def forward(self, student, teacher, target=None, *, ids=None, mask=None):
         extra = {"ids": ids, "labels": target}
