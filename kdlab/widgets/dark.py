@@ -28,7 +28,7 @@ rows = np.flatnonzero(y == {row})
 behind = rows[np.argsort(-p[rows, {col}], kind="stable")][:12]   # the examples beside the matrix
 """
 
-# %% ../../nbs/api/widgets/10_dark.ipynb #9a3278c0
+# %% ../../nbs/api/widgets/10_dark.ipynb #f554d21b
 class _Cells(KDWidget):
     "The state, the matrix at its temperature, and what a click does."
     T, cluster = Float(4.0).tag(kd=True), Bool(False).tag(kd=True)
@@ -48,7 +48,11 @@ class _Cells(KDWidget):
             order, _ = dark_order(self.numbers(self.T), self.cluster, self.classes)
             self.assign(row=order[cells[0][0]], col=order[cells[0][1]])
 
-# %% ../../nbs/api/widgets/10_dark.ipynb #52dbfa4d
+    def code(self) -> str:
+        "Lines of Python that compute the chosen cell and the examples behind it."
+        return _CODE.format(T=self.T, row=self.row, col=self.col)
+
+# %% ../../nbs/api/widgets/10_dark.ipynb #62ad48e8
 class DarkKnowledge(_Cells):
     "What a teacher gives to the wrong classes, ordered by a tree of likeness, with the examples behind each cell."
     title = "Dark-knowledge matrix"
@@ -90,7 +94,3 @@ class DarkKnowledge(_Cells):
         return dark_figure(self.numbers(T), cluster, row, col, self.images, self.names, self.ids, self.classes)
 
     def sentence(self, T, cluster, row, col): return dark_sentence(self.numbers(T), cluster, row, col, self.names)
-
-    def code(self) -> str:
-        "Lines of Python that compute the chosen cell and the examples behind it."
-        return _CODE.format(T=self.T, row=self.row, col=self.col)

@@ -37,7 +37,7 @@ def cka(x, y):
 value = cka(teacher_features[{teacher!r}], student_features[{student!r}])
 """
 
-# %% ../../nbs/api/widgets/23_match.ipynb #b60cd931
+# %% ../../nbs/api/widgets/23_match.ipynb #cee1e1d7
 _ON_A_PAGE = "hint", "step", "teacher", "student"
 
 
@@ -75,7 +75,13 @@ class _Pair(KDWidget):
         elif trace in clouds:
             self.example = i
 
-# %% ../../nbs/api/widgets/23_match.ipynb #f9b23d9e
+    def code(self) -> str:
+        "Lines of Python that compute the CKA of the chosen pair."
+        if self.own:
+            return _OWN.format(teacher=self.layers[0][self.teacher], student=self.layers[1][self.student])
+        return _STORED.format(seed=self.seed, variant=int(self.hint), moment=self.step, a=self.teacher, b=self.student)
+
+# %% ../../nbs/api/widgets/23_match.ipynb #db580835
 class LayerMatch(_Pair):
     "CKA of all pairs of layers of teacher and student, and both layers of one pair in a plane."
     title = "Layer match"
@@ -117,9 +123,3 @@ class LayerMatch(_Pair):
         who = "" if klass < 0 else f" Class {self.names[klass]} stands out."
         example = figures.check_index(example, len(self.labels), "example")
         return f"{said}{who} The ring is around example {example}, a {self.names[self.labels[example]]}."
-
-    def code(self) -> str:
-        "Lines of Python that compute the CKA of the chosen pair."
-        if self.own:
-            return _OWN.format(teacher=self.layers[0][self.teacher], student=self.layers[1][self.student])
-        return _STORED.format(seed=self.seed, variant=int(self.hint), moment=self.step, a=self.teacher, b=self.student)

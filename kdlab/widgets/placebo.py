@@ -45,7 +45,7 @@ def _check_targets(targets, images, labels, class_names, arms):
     names = figures.check_names(class_names, c)
     return targets, figures.check_images(images, n), figures.check_labels(labels, n, c), names
 
-# %% ../../nbs/api/widgets/06_placebo.ipynb #6e429768
+# %% ../../nbs/api/widgets/06_placebo.ipynb #d579f63d
 class _Images(KDWidget):
     "The state, and the images whose targets can be shown."
     task, arm, example = Int(0).tag(kd=True), Int(1).tag(kd=True), Int(0).tag(kd=True)
@@ -58,7 +58,11 @@ class _Images(KDWidget):
         i = figures.check_index(example, self.targets.shape[1], "example")
         return self.targets[:, i], self.images[i], int(self.labels[i])
 
-# %% ../../nbs/api/widgets/06_placebo.ipynb #2f02894c
+    def code(self) -> str:
+        "Lines of Python that compute the difference and its error from the stored runs."
+        return _CODE.format(task=("same", "unseen")[self.task], arm=self.arm, first=self.arms[0])
+
+# %% ../../nbs/api/widgets/06_placebo.ipynb #a14a9ce6
 class PlaceboTeacher(_Images):
     "Scores of students of the true teacher and of placebos with the same entropy."
     title = "Placebo teacher"
@@ -100,7 +104,3 @@ class PlaceboTeacher(_Images):
         targets, _, label = self._image(example)
         return f"On {self.tasks[task]}, " + placebo_sentence(self.scores[task], self.arms, arm,
                                                             None if targets is None else targets[arm], label, self.names)
-
-    def code(self) -> str:
-        "Lines of Python that compute the difference and its error from the stored runs."
-        return _CODE.format(task=("same", "unseen")[self.task], arm=self.arm, first=self.arms[0])
