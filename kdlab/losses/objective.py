@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['moves', 'Moving', 'spelled', 'Number', 'shown', 'check_temperature', 'live', 'Binding', 'Part', 'Loss', 'RowLoss',
-           'numbers_that_move', 'Objective']
+           'numbers_that_move', 'overwrites', 'Objective']
 
 # %% ../../nbs/api/losses/01_objective.ipynb #56922003
 import copy
@@ -145,6 +145,16 @@ def _bindings(loss, layers, student, teacher)->list[Binding]:
                          f"teacher, {theirs}")
     return [Binding(*names) for names in zip(ours, theirs)]
 
+# %% ../../nbs/api/losses/01_objective.ipynb #502be35a
+def _twin(loss, copies:int):
+    "A copy that shares what is learnt; an error if there would be several of a loss that learns."
+    learnt = lambda module: [*module.parameters(), *module.buffers()]
+    if copies > 1 and learnt(loss):
+        raise ValueError(f"{loss!r} has parameters of its own, so each pair of layers needs a loss of its own: bind one pair "
+                         f"at a time and add the losses")
+    own = [*(m for m in loss.children() if learnt(m)), *loss.parameters(recurse=False), *loss.buffers(recurse=False)]
+    return copy.deepcopy(loss, {id(x): x for x in own})
+
 # %% ../../nbs/api/losses/01_objective.ipynb #291e7df2
 class _Known(nn.Module):
     "What a run wants to know of a loss before it calls it."
@@ -159,7 +169,7 @@ class _Known(nn.Module):
         "The shape (B, N) of a mask over the tokens of these features, or None where they have none."
         return tuple(student.shape[:2]) if isinstance(student, Tensor) and student.dim() == 3 else None
 
-# %% ../../nbs/api/losses/01_objective.ipynb #5d3a87f0
+# %% ../../nbs/api/losses/01_objective.ipynb #36b3edc6
 class _Bindable(_Known):
     "A module that can be bound to layers of two models."
     def on(self,
@@ -175,12 +185,7 @@ class _Bindable(_Known):
         return terms[0][1] if len(terms) == 1 and not isinstance(self, Objective) else Objective(terms)
 
     def _at(self, binding:Binding|None, copies:int=1)->"Loss":
-        learnt = lambda module: [*module.parameters(), *module.buffers()]
-        if copies > 1 and learnt(self):
-            raise ValueError(f"{self!r} has parameters of its own, so each pair of layers needs a loss of its own: bind one pair "
-                             f"at a time and add the losses")
-        own = [*(m for m in self.children() if learnt(m)), *self.parameters(recurse=False), *self.buffers(recurse=False)]
-        new = copy.deepcopy(self, {id(x): x for x in own})
+        new = _twin(self, copies)
         new.bound = binding
         return new
 
@@ -255,10 +260,13 @@ def _weight(w)->float:
     if not math.isfinite(value): raise ValueError(f"the weight of a loss must be finite, got {value}")
     return value
 
-# %% ../../nbs/api/losses/01_objective.ipynb #4c96b0be
+# %% ../../nbs/api/losses/01_objective.ipynb #9e0d24bb
 class RowLoss(Loss):
     "A loss on rows of logits: its options, and the question that it puts to `ops`."
     mix = 0. # of a divergence from a mixture: the weight in it
+    others = 0. # of one that sets the label's class apart: the weight of the others
+    splits = False # does it show several parts of itself?
+    inplace_grad = False # does it write its gradient over the student's logits?
 
     def __init__(self, dim:int, ignore_index:int, reduction:str, detach_teacher:bool, backend:str):
         super().__init__()
@@ -274,7 +282,7 @@ class RowLoss(Loss):
     def is_ordinary(self)->bool:
         "Yes, if every option that decides how it is computed has its default."
         return (self.dim == -1 and self.reduction == "mean" and self.backend == "auto" and self.detach_teacher
-                and not self._parameters)
+                and not self.inplace_grad and not self._parameters)
 
     def asks(self, target=None)->bool: return True
 
@@ -288,14 +296,14 @@ class RowLoss(Loss):
         "The unweighted value of every row, detached."
         return (1. * self).parts(student, teacher, target, labels=labels, mask=mask)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #92fc0bdb
+# %% ../../nbs/api/losses/01_objective.ipynb #30dd9c59
 def _question(group, student, teacher, target, labels, mask, row_weight, normalizer):
     "The question of one loss, or of a soft and a hard one together; `group` holds (weight, loss)."
     soft = next(((w, loss) for w, loss in group if loss.role == "soft"), None)
     hard = next(((w, loss) for w, loss in group if loss.role == "hard"), None)
     loss = (soft or hard)[1]
     options = {} if soft is None else dict(soft_weight=soft[0], T=live(loss, "T"), t_squared=loss.t_squared,
-                                           detach_teacher=loss.detach_teacher, kind=loss.term, mix=loss.mix)
+                                           detach_teacher=loss.detach_teacher, kind=loss.term, mix=loss.mix, others=loss.others)
     if soft is not None and teacher is None: raise TypeError(f"{loss} needs the teacher's logits, got None")
     return question(student, None if soft is None else teacher, target, labels=labels, mask=mask,
                     hard_weight=None if hard is None else hard[0], dim=loss.dim, ignore_index=loss.ignore_index,
@@ -308,14 +316,14 @@ def _own_answer(weight, loss, student, teacher, target, labels, mask, row_weight
     value = loss(student, teacher, pick_target(target, labels), **{k: v for k, v in given.items() if v is not None})
     return (weight * value).to(value.dtype)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #2013dcaa
+# %% ../../nbs/api/losses/01_objective.ipynb #e9b0f401
 def _answer(group, *args)->Tensor:
     student, teacher, target, labels, *_ = args
     if not group[0][1].asks(target if labels is None else labels): return _own_answer(*group[0], *args)
     rows, q = _question(group, *args)
-    return ops.answer(*rows, q, group[0][1].backend)
+    return ops.answer(*rows, q, group[0][1].backend, any(loss.inplace_grad for _, loss in group))
 
-# %% ../../nbs/api/losses/01_objective.ipynb #1b03d666
+# %% ../../nbs/api/losses/01_objective.ipynb #51e6c918
 def _ordinary(weights, losses, student, teacher, target)->Tensor|None:
     "The loss if the case is ordinary, else None; nothing is checked or computed then. See `ops.ordinary`."
     if torch.compiler.is_compiling(): return None # numbers that are read here would be baked into the graph
@@ -327,15 +335,19 @@ def _ordinary(weights, losses, student, teacher, target)->Tensor|None:
         else: return None
     if soft is None or hard is not None and hard.ignore_index != soft.ignore_index: return None
     return ops.ordinary(student, teacher, target, soft.T, soft.t_squared, soft_weight, hard_weight, soft.ignore_index,
-                        soft.term, soft.mix)
+                        soft.term, soft.mix, soft.others)
 
-# %% ../../nbs/api/losses/01_objective.ipynb #ac2a1870
+# %% ../../nbs/api/losses/01_objective.ipynb #3b2fb585
 class _Weighted(Loss):
     "Losses and their weights."
     def __init__(self,
         terms:list[tuple[float, Loss]], # weights and losses, in the order in which they are written
     ):
         super().__init__()
+        lost = [loss for _, loss in terms if overwrites(loss)]
+        if len(lost) > 1:
+            raise ValueError(f"inplace_grad=True is for one term of an objective, which is computed last: {lost[0]!r} would "
+                             f"leave no logits to {lost[1]!r}")
         self.losses = nn.ModuleList(loss for _, loss in terms)
         self.weights = [w for w, _ in terms]
 
@@ -368,6 +380,7 @@ class _Weighted(Loss):
                 if name == "T": contract.check_temperature(float(value.at(progress)))
                 setattr(module, name, value.at(progress))
 
+# %% ../../nbs/api/losses/01_objective.ipynb #b0237f8a
 def _moving(module:nn.Module)->list[tuple[str, Moving]]:
     "The numbers of a module, by name, that follow a schedule."
     return [(name[1:], value) for name, value in vars(module).items() if isinstance(value, Moving)]
@@ -376,7 +389,7 @@ def numbers_that_move(loss:nn.Module)->list[tuple[str, Moving]]:
     "The numbers of a loss, and of those inside it, that follow a schedule, by name."
     return [pair for module in loss.modules() for pair in _moving(module)]
 
-# %% ../../nbs/api/losses/01_objective.ipynb #7c0bafda
+# %% ../../nbs/api/losses/01_objective.ipynb #2ba7bb22
 def _groups(objective:_Weighted, target=None)->list[list[tuple]]:
     "Active terms with their weights; the first soft and hard losses that can share a sweep stand together."
     weights = objective._weights_tensor if torch.compiler.is_compiling() else objective._weights
@@ -388,6 +401,16 @@ def _groups(objective:_Weighted, target=None)->list[list[tuple]]:
                 return [[a, b]] + [[t] for k, t in enumerate(active) if k not in (i, j)]
     return [[t] for t in active]
 
+# %% ../../nbs/api/losses/01_objective.ipynb #01c97215
+def overwrites(loss:nn.Module)->bool:
+    "Does it, or a loss inside it, write its gradient over the student's logits?"
+    return any(getattr(module, "inplace_grad", False) for module in loss.modules())
+
+def _in_turn(groups:list[list[tuple]])->list[list[tuple]]:
+    "The groups in the order in which they may read the logits."
+    return sorted(groups, key=lambda group: any(overwrites(loss) for _, loss in group))
+
+# %% ../../nbs/api/losses/01_objective.ipynb #b4d7ff42
 def _part_names(parts:dict[str, Part], taken:dict)->dict[str, Part]:
     "Names that are free: a second term of the same kind becomes `name#2`."
     count = lambda name: sum(k.split("#")[0] == name for k in taken)
@@ -415,25 +438,29 @@ def _equation(loss:Loss)->str:
     notes, text = ", ".join(loss.notes()), loss.equation()
     return (f"({text})" if _adds(text) else text) + (f" [{notes}]" if notes else "")
 
-# %% ../../nbs/api/losses/01_objective.ipynb #23e3471d
+# %% ../../nbs/api/losses/01_objective.ipynb #14a9cb45
 class Objective(_Weighted):
-    "A weighted sum of losses, called like one loss: `(student, teacher, target)`."
+    """A weighted sum of losses, called like one loss: `(student, teacher, target)`.
+
+    At most one term may have `inplace_grad=True`. It is computed last, so that the others still find the logits; one that
+    needs them again in its backward raises there. Take `parts` and measures before: afterwards the logits are NaN."""
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
         if labels is mask is row_weight is normalizer is None:
             loss = _ordinary(self._weights, self._modules["losses"]._modules.values(), student, teacher, target)
             if loss is not None: return loss
         args = student, teacher, target, labels, mask, row_weight, normalizer
-        values = [_answer(group, *args) for group in _groups(self, target if labels is None else labels)]
+        values = [_answer(group, *args) for group in _in_turn(_groups(self, target if labels is None else labels))]
         return sum(values[1:], values[0]) if values else self.losses[0].nothing(student)
 
     def parts(self, student, teacher, target=None, *, labels=None, mask=None)->dict[str, Part]:
         "Each term's unweighted rows, detached, with its weight beside it."
         out, picked = {}, target if labels is None else labels
         for group in _groups(self, picked):
-            if not group[0][1].asks(picked):
+            if not group[0][1].asks(picked) or group[0][1].splits:
                 own = group[0][1].parts(student, teacher, picked, mask=mask)
                 out |= _part_names({name: Part(float(group[0][0]) * part.weight, part.rows) for name, part in own.items()}, out)
-                continue
+                group = group[1:]
+            if not group: continue
             rows, q = _question(group, student, teacher, target, labels, mask, None, None)
             s, t, y, m, _ = rows
             weights = {loss.term: float(w) for w, loss in group}
