@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from . import reference
 
-# %% ../nbs/api/02_closed_forms.ipynb #79375921
+# %% ../nbs/api/02_closed_forms.ipynb #d5b2a1fc
 _LN2 = math.log(2)
 
 def _total(x:Tensor)->Tensor: # (..., n, 1), float64
@@ -23,18 +23,20 @@ def _forward_kl(a, b, d, w, sums, mix):
     S, U = sums
     return (S / U).log2_() - _total(d.mul_(b)) / U, sums.reciprocal()
 
+# %% ../nbs/api/02_closed_forms.ipynb #69b5f2f2
 def _reverse_kl(a, b, d, w, sums, mix):
     S, U = sums
     mean = _total(torch.mul(a, d, out=b)) / S
     return mean + (U / S).log2_(), torch.stack((mean, torch.ones_like(S))) * (-_LN2 / S)
 
+# %% ../nbs/api/02_closed_forms.ipynb #17ef2ab5
 def _total_variation(a, b, d, w, sums, mix):
     torch.sub(a.div_(sums[0]), b.div_(sums[1]), out=d)
     half = _total(torch.abs(d, out=b)) / 2
     pull = _total(torch.mul(a, d.sign_(), out=b))
     return half / _LN2, torch.stack((pull, torch.ones_like(pull))) * -.5
 
-# %% ../nbs/api/02_closed_forms.ipynb #17ecf466
+# %% ../nbs/api/02_closed_forms.ipynb #a032862b
 def _skew_kl(a, b, d, w, sums, alpha):
     S, U = sums
     shift = (U / S).log2_()
@@ -43,6 +45,7 @@ def _skew_kl(a, b, d, w, sums, alpha):
     pull = _total(torch.div(a, m, out=b)) / S
     return -bits, torch.stack((pull, torch.ones_like(S))) * ((1 - alpha) / S)
 
+# %% ../nbs/api/02_closed_forms.ipynb #f0c5b1da
 def _skew_reverse_kl(a, b, d, w, sums, alpha):
     S, U = sums
     shift = (U / S).log2_()
@@ -51,6 +54,7 @@ def _skew_reverse_kl(a, b, d, w, sums, alpha):
     pull = _total(torch.div(a, m, out=b).mul_(alpha).add_(w, alpha=_LN2)) / S
     return -bits, torch.stack((pull, torch.ones_like(S))) / S
 
+# %% ../nbs/api/02_closed_forms.ipynb #19fc42f7
 def _jsd(a, b, d, w, sums, beta):
     S, U = sums
     d.add_((U / S).log2_().to(d.dtype))
@@ -192,7 +196,7 @@ def _slope(kind:str, p, q, v, d, mix:float)->Tensor:
     if kind == "jsd": return (1 - mix) * _log_to_mix(v, 1 - mix)
     return _log_to_mix(v, mix) - mix * (1 - mix) * u / (1 + mix * u) # skew_reverse_kl
 
-# %% ../nbs/api/02_closed_forms.ipynb #954c4baf
+# %% ../nbs/api/02_closed_forms.ipynb #d53140b6
 def _careful_soft(rows:Rows, kind:str, mix:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "The divergence (n,), and its gradient by z / T."
     s, t = rows.student.to(wide), rows.teacher.to(wide)
@@ -207,6 +211,7 @@ def _careful_soft(rows:Rows, kind:str, mix:float, wide:torch.dtype, need_grad:bo
     if kind == "reverse_kl": grad = grad.masked_fill((t.isneginf() & ~s.isneginf()).any(-1, keepdim=True), torch.nan)
     return value, grad
 
+# %% ../nbs/api/02_closed_forms.ipynb #2b913956
 def _careful_hard(rows:Rows, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "Cross-entropy (n,) and its gradient; both NaN for a label out of range."
     s, C = rows.student.to(wide), rows.student.shape[-1]
