@@ -126,11 +126,11 @@ def test_gram_matrices_of_the_core(isa, B, n, dtypes):
         if B == 1: keep = None
         wide = torch.promote_types(torch.promote_types(*dtypes), torch.float32)
         for exact, centre in ((False, False), (True, False), (True, True)):
-            def both(X, core):
+            def both(X, core, wide=wide):
                 X = X.detach().requires_grad_()
                 G = relation_ops.gram(X, keep, exact, centre, wide, core)
                 return G.detach(), torch.autograd.grad((G * W).sum(), X)[0].double()
-            want, grad = both(s.double(), False)
+            want, grad = both(s.double(), False, torch.float64)
             results = []
             for threads in (1, 2, 4):
                 torch.set_num_threads(threads)

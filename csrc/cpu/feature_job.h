@@ -48,7 +48,7 @@ struct AngleJob : kdlab_angles {
         return tile * (t * room() - tile * t * (t - 1) / 2) + (i - t * tile) * (room() - t * tile) - t * tile;
     }
     int64_t part_size() const { return row_of_part(room()) + room(); }
-    int64_t corners() const { return std::max<int64_t>(2, std::min(together, 4096 / room())); }    // at a time
+    int64_t corners() const { return std::max<int64_t>(2, std::min(together, 4096 / std::max(tile, room()))); }   // at a time
     size_t scratch_bytes() const { return corners() * 6 * sizeof(double) * room(); }
 };
 

@@ -49,7 +49,7 @@ void kdlab_angles_cpu(const kdlab_angles* a) {
     std::vector<double> rows(3 * B), diagonals(a->grad ? job.blocks * B : 0);
     std::unique_ptr<double[]> memory(a->grad ? new double[job.blocks * job.part_size() + 8] : nullptr);
     double* parts = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) / sizeof(double);
-    double *student_own = &rows[0] + B, *teacher_own = student_own + B;
+    double *student_own = rows.data() + B, *teacher_own = student_own + B;
     for (int64_t i = 0; i < B; ++i) {
         student_own[i] = a->student[i * B + i];
         teacher_own[i] = a->teacher[i * B + i];
