@@ -5,7 +5,6 @@ Times are CPU times of the thread. Contenders take turns, and the order rotates 
 medians, and beside it that of the lowest tenths. Every gradient is dropped before the next call. Memory is what the
 process grew by, in a process of its own."""
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -96,14 +95,21 @@ def measure(functions, seconds):
     return times
 
 
+def memory(line):
+    "A line of what Linux knows of this process, in bytes."
+    with open("/proc/self/status") as status:
+        return next(1024 * int(text.split()[1]) for text in status if text.startswith(line))
+
+
 def peak(eager, name, shape, dtype):
-    "Bytes that a process grew by in a forward and backward, in units of the logits' size."
+    "What the process grows by in a forward and backward, in units of the logits' size; Linux alone."
+    contenders(eager, (8, 16), dtype)[name]()                      # what is loaded once does not count
     function = contenders(eager, shape, dtype)[name]
-    small = contenders(eager, (8, 16), dtype)[name]
-    small()                                                        # what is loaded and compiled once does not count
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    grad = function()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / grad[0].nbytes
+    with open("/proc/self/clear_refs", "w") as file:               # the highest mark starts from here
+        file.write("5")
+    before = memory("VmRSS")
+    grad, = function()
+    return (memory("VmHWM") - before) / grad.nbytes
 
 
 def main():
@@ -127,6 +133,8 @@ def main():
                 low = {k: sorted(v)[len(v) // 10] for k, v in times.items()}
                 print(f"{shape[0]:5d} x {shape[1]:<6d}{dtype:9s} {eager.__name__:19s} {middle['plain']:9.0f} us  "
                       f"{middle['plain'] / middle['eager']:5.2f}  ({low['plain'] / low['eager']:.2f})", flush=True)
+    if not sys.platform.startswith("linux"):
+        return
     print(f"memory for {SHAPES[-1][0]} x {SHAPES[-1][1]}, in units of the student's logits: eager, plain")
     for dtype in DTYPES:
         for name in args.only[:1]:

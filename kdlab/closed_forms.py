@@ -104,7 +104,19 @@ def _one_sided(d:Tensor, kind:str)->Tensor: # bool, (n, 1)
     below, above = d.amin(-1, keepdim=True) < -_FAR / 2, d.amax(-1, keepdim=True) > _FAR / 2
     return below if _QUICK[kind] is _forward_kl else above if kind == "reverse_kl" else below | above
 
-# %% ../nbs/api/02_closed_forms.ipynb #cde11ab9
+# %% ../nbs/api/02_closed_forms.ipynb #e5ae8b09
+class _Arrays(NamedTuple):
+    "Memory for a block of rows."
+    both: Tensor # a and b in one, (2, n, C)
+    a: Tensor # (n, C), as those that follow
+    b: Tensor
+    d: Tensor
+    w: Tensor # ends with the hard term's gradient
+
+    @classmethod
+    def of(cls, x:Tensor)->"_Arrays": # (4, n, C)
+        return cls(x[:2], *x.unbind())
+
 class _Soft(NamedTuple):
     "The divergence of some rows in the quick form; numbers of a row are (n, 1) in float64."
     loss: Tensor # what was asked for
@@ -113,8 +125,8 @@ class _Soft(NamedTuple):
     sums: Tensor # of the student's and the teacher's exponentials, (2, n, 1)
     lost: Tensor|None # rows that this form cannot do
 
-def _quick_soft(rows:Rows, kind:str, mix:float, arrays:Tensor, floor:bool)->_Soft:
-    (a, b, d, w), both = arrays, arrays[:2]
+def _quick_soft(rows:Rows, kind:str, mix:float, arrays:_Arrays, floor:bool)->_Soft:
+    both, a, b, d, w = arrays
     _exponents(rows.student, a), _exponents(rows.teacher, b)
     _times(both, 1 / _LN2 / rows.T, floor)
     torch.sub(a, b, out=d)
@@ -136,9 +148,15 @@ def _quick_hard(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor]: # both 
     h.scatter_(-1, rows.target, -others.to(h.dtype))
     return (others / label).log1p_(), others + label
 
-# %% ../nbs/api/02_closed_forms.ipynb #ed72682b
+# %% ../nbs/api/02_closed_forms.ipynb #19f4decd
 _SINGLE = {"forward_kl": (.15, math.inf), "soft_cross_entropy": (.15, math.inf), "reverse_kl": (.1, 3.)} # see _sure
 _LEAST = {torch.float32: 1e-8, torch.float64: 1e-4} # the least divergence for float64, by dtype of the result
+
+def _all_sure(soft:_Soft, form:"_Form")->bool:
+    "Do all rows pass `_sure`? The short answer for small batches."
+    if form.dtype is not torch.float64 or soft.lost is not None: return False
+    least, most = soft.divergence.aminmax()
+    return least.item() > _LEAST[form.result] and most.item() < math.inf
 
 def _sure(soft:_Soft, gradient:Tensor|None, factor:float|Tensor, form:"_Form")->Tensor: # bool, (n, 1)
     "Rows of which the divergence and its gradient are finite and have all their digits."
@@ -152,7 +170,7 @@ def _sure(soft:_Soft, gradient:Tensor|None, factor:float|Tensor, form:"_Form")->
     top = torch.maximum(gradient.amax(-1, keepdim=True), -gradient.amin(-1, keepdim=True))
     return sure & (top >= share * abs(factor) * largest)
 
-# %% ../nbs/api/02_closed_forms.ipynb #2d110ab3
+# %% ../nbs/api/02_closed_forms.ipynb #b441f887
 class _Form(NamedTuple):
     "How rows are computed: what of, and with how much care."
     kind: str # the divergence
@@ -161,23 +179,22 @@ class _Form(NamedTuple):
     dtype: torch.dtype # to compute in
     floor: bool = False # let a number stand for infinity
 
-def _quick(rows:Rows, form:_Form, arrays:Tensor, grad:Tensor|None)->tuple[Tensor|None, Tensor|None, Tensor]:
-    "Soft and hard losses (n, 1), and which rows are good; their gradient goes to `grad`."
+def _quick(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple[Tensor|None, Tensor|None, Tensor|None]:
+    "Soft and hard losses (n, 1), and which rows are good, None for all; their gradient goes to `grad`."
     soft = hard = g = good = None
     if rows.teacher is not None:
         soft = _quick_soft(rows, form.kind, form.mix, arrays, form.floor)
         if grad is not None:
-            a, b = _times(arrays[:2], soft.factors * rows.soft, False)
-            g = torch.sub(a, b, out=grad if grad.dtype is a.dtype else a)
-        good = _sure(soft, g, rows.soft, form)
+            _times(arrays.both, soft.factors * rows.soft, False)
+            g = torch.sub(arrays.a, arrays.b, out=grad if grad.dtype is form.dtype else arrays.a)
+        if not _all_sure(soft, form): good = _sure(soft, g, rows.soft, form)
         soft = soft.loss
     if rows.target is not None:
-        h = arrays[3]
-        hard, S = _quick_hard(rows, h, form.floor)
+        hard, S = _quick_hard(rows, h := arrays.w, form.floor)
         if grad is not None:
             h.mul_((rows.hard / S).to(h.dtype))
             g = h if g is None else g.add_(h)
-        good = hard < torch.inf if good is None else good & (hard < torch.inf)
+        if not hard.sum().item() < math.inf: good = hard < torch.inf if good is None else good & (hard < torch.inf)
     if grad is not None and g is not grad: grad.copy_(g)
     return soft, hard, good
 
@@ -240,8 +257,8 @@ def _careful(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor
     if grad is not None: grad.copy_(g)
     return soft, hard
 
-# %% ../nbs/api/02_closed_forms.ipynb #2720c6c4
-_BLOCK = 2**17 # elements of a block and thread
+# %% ../nbs/api/02_closed_forms.ipynb #64174862
+_BLOCK = 2**19 # bytes of an array for each thread
 _SMALL = 2**14, 256 # fewer elements or classes: float64 at once
 _ON_GPU = 2**22 # elements of a block there: its thirty temporary arrays take half a gigabyte
 
@@ -263,45 +280,47 @@ def _with_more_care(rows:Rows, form:_Form, good:Tensor, losses:tuple, grad:Tenso
         if loss is not None: loss[index] = new
     if grad is not None: grad[index] = g.to(grad.dtype)
 
-# %% ../nbs/api/02_closed_forms.ipynb #de67a319
+# %% ../nbs/api/02_closed_forms.ipynb #8eb01b43
 _kept = threading.local()
 
-def _scratch(n:int, C:int, dtype:torch.dtype)->Tensor: # (4, n, C)
+def _scratch(n:int, C:int, dtype:torch.dtype)->_Arrays:
     "Arrays for a block. A thread keeps its own, as fresh memory would cost more than what is done in it."
     size = 4 * n * C * dtype.itemsize
-    if size < _BLOCK: return torch.empty(4, n, C, dtype=dtype)
+    if size < _BLOCK / 4: return _Arrays.of(torch.empty(4, n, C, dtype=dtype))
     memory = getattr(_kept, "memory", None)
     if memory is None or len(memory) < size:
         with torch.inference_mode(False): memory = torch.empty(size, dtype=torch.uint8)
-        if size <= 32 * _BLOCK * torch.get_num_threads(): _kept.memory = memory
-    return memory[:size].view(dtype).view(4, n, C)
+        if size <= 8 * _BLOCK * torch.get_num_threads(): _kept.memory = memory
+    return _Arrays.of(memory[:size].view(dtype).view(4, n, C))
 
 def empty_cache()->None:
     "Free the arrays that this thread keeps."
     _kept.memory = None
 
-# %% ../nbs/api/02_closed_forms.ipynb #d329c550
-def _block(rows:Rows, form:_Form, arrays:Tensor, grad:Tensor|None)->tuple[tuple, bool]:
+# %% ../nbs/api/02_closed_forms.ipynb #6709bfbc
+def _block(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple[list, bool]:
     "Soft and hard losses (n, 1) of one block, and were most of its rows good at once?"
     *losses, good = _quick(rows, form, arrays, grad)
-    if rows.valid is not None: good |= ~rows.valid
-    if good.all(): return losses, True
+    if good is not None and rows.valid is not None: good |= ~rows.valid
+    if good is None or good.all(): return losses, True
     _with_more_care(rows, form, good, losses, grad)
     return losses, 2 * int(good.sum()) > len(good)
 
 def _in_blocks(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|None]:
     "Soft and hard losses (n, 1) on the CPU."
     n, C = rows.student.shape
-    step = min(n, max(1, _BLOCK * torch.get_num_threads() // C))
-    arrays = _scratch(step, C, form.dtype)
+    step = min(n, max(1, _BLOCK * torch.get_num_threads() // (C * form.dtype.itemsize)))
+    arrays, found = _scratch(step, C, form.dtype), []
     if step == n: return _block(rows, form, arrays, grad)[0]
-    found = []
     for i in range(0, n, step):
         part = slice(i, i + step)
-        losses, well = _block(rows.at(part), form, arrays[:, :n - i], None if grad is None else grad[part])
+        if i + step > n: arrays = _Arrays(arrays.both[:, :n - i], *(x[:n - i] for x in arrays[1:]))
+        losses, well = _block(rows.at(part), form, arrays, None if grad is None else grad[part])
         found.append(losses)
-        if not well and form.dtype is torch.float32:
-            form, arrays = form._replace(dtype=torch.float64), _scratch(step, C, torch.float64)
+        if not well and form.dtype is torch.float32: # the rest, in float64
+            rest, double = slice(i + step, n), form._replace(dtype=torch.float64)
+            if i + step < n: found.append(_in_blocks(rows.at(rest), double, None if grad is None else grad[rest]))
+            break
     return tuple(None if x[0] is None else torch.cat(x) for x in zip(*found))
 
 def _on_gpu(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|None]:

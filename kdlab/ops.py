@@ -152,7 +152,7 @@ def _has_closed_form(student, teacher, row_weight, q:Question)->bool:
     if student.dtype not in _CODES or (teacher is not None and teacher.dtype not in _CODES): return False
     return not any(map(_learns, (teacher, row_weight, q.T, q.kl_weight, q.ce_weight, q.normalizer)))
 
-# %% ../nbs/api/02_ops.ipynb #290832cb
+# %% ../nbs/api/02_ops.ipynb #671fcea5
 def _one_a_row(x):
     "A tensor with a number for each row as (n, 1); on the CPU a number as a float, and others in float64."
     if not isinstance(x, Tensor): return x
@@ -163,10 +163,11 @@ def _closed_question(student, teacher, target, valid, row_weight, q:Question)->c
     "The question as rows; what weights and reduction put before their gradients is in the factors."
     T, soft, hard = _one_a_row(q.T), _one_a_row(q.kl_weight), _one_a_row(q.ce_weight)
     share = 1. if row_weight is None else _one_a_row(row_weight)
-    if q.reduction == "mean": share = share / _one_a_row(_denominator(valid, student.select(-1, 0), q))
+    C = student.shape[-1]
+    count = student.numel() // C if valid is None and q.normalizer is None else _one_a_row(_denominator(valid, student, q))
+    if q.reduction == "mean": share = share / count
     if not q.use_ce: target = None
     elif valid is not None: target = target.masked_fill(~valid, 0)
-    C = student.shape[-1]
     flat = lambda x, last: x if x is None or x.dim() == 2 and x.shape[1] == last else x.reshape(-1, last)
     return closed_forms.Rows(flat(student, C), flat(teacher, C), flat(target, 1), flat(valid, 1), T,
                              (soft * T if q.t_squared else soft / T) * share, hard * share)
@@ -186,12 +187,12 @@ def _closed_rows(student, teacher, target, mask, row_weight, q:Question, need_gr
     if hard is not None: terms["cross_entropy"] = hard.view(shape)
     return terms, valid, grad
 
-# %% ../nbs/api/02_ops.ipynb #6d9ea94e
+# %% ../nbs/api/02_ops.ipynb #9c39a0f4
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, target, mask, row_weight, q):
         terms, valid, ctx.grad = _closed_rows(student, teacher, target, mask, row_weight, q, True)
-        ctx.q, ctx.like = q, student.detach()
+        ctx.q, ctx.like = q, None if ctx.grad.dtype is student.dtype and student.is_contiguous() else student.detach()
         ctx.save_for_backward(student, teacher, target, mask, row_weight)
         return _weighted(terms, valid, row_weight, q).to(_loss_dtype(student, teacher))
 
@@ -205,7 +206,7 @@ class _ClosedForm(torch.autograd.Function):
         if grad is None: grad = _closed_rows(*ctx.saved_tensors, ctx.q, True)[2]
         if grad_out.dim(): grad.mul_(grad_out.unsqueeze(-1))
         elif grad_out.device.type != "cpu" or grad_out.item() != 1: grad.mul_(grad_out)
-        return _as(grad, ctx.like), *[None] * 5
+        return grad if ctx.like is None else _as(grad, ctx.like), *[None] * 5
 
 # %% ../nbs/api/02_ops.ipynb #1fc60511
 def _torch_answer(student, teacher, target, mask, row_weight, q:Question)->Tensor:

@@ -57,7 +57,7 @@ def test_loss_and_gradient(kind, mix, dtype, C, gap):
 @kinds
 def test_rows_of_all_sorts_in_one_batch(kind, mix, monkeypatch):
     "Ordinary, near, equal, excluded, spoilt, masked: each gets the care that it needs and disturbs no other."
-    monkeypatch.setattr(closed_forms, "_BLOCK", 4096)
+    monkeypatch.setattr(closed_forms, "_BLOCK", 16384)
     s, t, y = data(60, 500)
     s[::4] = t[::4] + 1e-2 * s[::4]
     s[1::8] = t[1::8] + 1e-6 * s[1::8]
