@@ -66,7 +66,7 @@ def test_texts_ask_and_answer(exhibit):
 @by_module
 def test_each_control_changes_what_is_shown(exhibit, view):
     assert view.panel.error == ""
-    shown = lambda: (view.panel.text, json.dumps(view.fig.to_plotly_json(), default=str), view.state())
+    shown = lambda: (view.panel.text, json.dumps(view.fig.to_plotly_json(), default=str, sort_keys=True), view.state())
     start, told = shown(), set()
     for name, value in list(moves(view)):
         sent = []
