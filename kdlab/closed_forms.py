@@ -297,7 +297,7 @@ def empty_cache()->None:
     "Free the arrays that this thread keeps."
     _kept.memory = None
 
-# %% ../nbs/api/02_closed_forms.ipynb #6709bfbc
+# %% ../nbs/api/02_closed_forms.ipynb #cb58e2fb
 def _block(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple[list, bool]:
     "Soft and hard losses (n, 1) of one block, and were most of its rows good at once?"
     *losses, good = _quick(rows, form, arrays, grad)
@@ -310,18 +310,22 @@ def _in_blocks(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tens
     "Soft and hard losses (n, 1) on the CPU."
     n, C = rows.student.shape
     step = min(n, max(1, _BLOCK * torch.get_num_threads() // (C * form.dtype.itemsize)))
-    arrays, found = _scratch(step, C, form.dtype), []
+    arrays = _scratch(step, C, form.dtype)
     if step == n: return _block(rows, form, arrays, grad)[0]
+    found = tuple(None if x is None else torch.empty(n, 1, dtype=torch.float64) for x in (rows.teacher, rows.target))
     for i in range(0, n, step):
         part = slice(i, i + step)
         if i + step > n: arrays = _Arrays(arrays.both[:, :n - i], *(x[:n - i] for x in arrays[1:]))
         losses, well = _block(rows.at(part), form, arrays, None if grad is None else grad[part])
-        found.append(losses)
-        if not well and form.dtype is torch.float32: # the rest, in float64
-            rest, double = slice(i + step, n), form._replace(dtype=torch.float64)
-            if i + step < n: found.append(_in_blocks(rows.at(rest), double, None if grad is None else grad[rest]))
-            break
-    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*found))
+        for all_rows, some in zip(found, losses):
+            if some is not None: all_rows[part] = some
+        if well or form.dtype is torch.float64 or i + step >= n: continue
+        rest = slice(i + step, n)
+        losses = _in_blocks(rows.at(rest), form._replace(dtype=torch.float64), None if grad is None else grad[rest])
+        for all_rows, some in zip(found, losses):
+            if some is not None: all_rows[rest] = some
+        break
+    return found
 
 def _on_gpu(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|None]:
     "The same without a look at values."
