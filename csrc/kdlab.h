@@ -10,10 +10,11 @@ extern "C" {
 enum kdlab_dtype { KDLAB_F32 = 0, KDLAB_F64 = 1, KDLAB_BF16 = 2, KDLAB_F16 = 3 };
 enum kdlab_kind {
     KDLAB_FORWARD_KL = 0, KDLAB_REVERSE_KL = 1, KDLAB_JSD = 2, KDLAB_SKEW_KL = 3, KDLAB_SKEW_REVERSE_KL = 4,
-    KDLAB_TOTAL_VARIATION = 5, KDLAB_SOFT_CROSS_ENTROPY = 6, KDLAB_DKD = 7
+    KDLAB_TOTAL_VARIATION = 5, KDLAB_SOFT_CROSS_ENTROPY = 6, KDLAB_DKD = 7, KDLAB_NKD = 8,
+    KDLAB_LOGIT_MSE = 9
 };
 // Those that set the label's class apart from the others, and so need a target
-static inline int kdlab_kind_has_label(int kind) { return kind == KDLAB_DKD; }
+static inline int kdlab_kind_has_label(int kind) { return kind == KDLAB_DKD || kind == KDLAB_NKD; }
 // The divergences that a mixture becomes at its ends: GKD's limits of jsd, and no skew.
 static inline int kdlab_kind_at_ends(int kind, double mix) {
     if (kind == KDLAB_JSD && mix == 1) return KDLAB_REVERSE_KL;
@@ -48,8 +49,8 @@ typedef struct kdlab_soft_kl {
     int64_t ignore_index;       // a row with this target does not count
     int threads;
     int kind;                   // which divergence takes the place of KL
-    double mix;                 // beta of jsd, alpha of the skew ones and of dkd (its weight of the label)
-    double others;              // beta of dkd: weight of the other classes
+    double mix;                 // beta of jsd, alpha of the skew ones and of dkd (its weight of the label); logit_mse: 1 to centre
+    double others;              // beta of dkd, gamma of nkd: weight of the other classes
 } kdlab_soft_kl;
 
 // Returns -1, or the first row that counts and whose label lies outside [0, cols): then nothing is written.

@@ -1424,7 +1424,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kdlab.losses.logits.NKD.equation': ('api/losses/logits.html#nkd.equation', 'kdlab/losses/logits.py'),
                                      'kdlab.losses.logits.NKD.extra_repr': ( 'api/losses/logits.html#nkd.extra_repr',
                                                                              'kdlab/losses/logits.py'),
-                                     'kdlab.losses.logits.NKD.options': ('api/losses/logits.html#nkd.options', 'kdlab/losses/logits.py'),
+                                     'kdlab.losses.logits.NKD.others': ('api/losses/logits.html#nkd.others', 'kdlab/losses/logits.py'),
                                      'kdlab.losses.logits.RowWeighted': ('api/losses/logits.html#rowweighted', 'kdlab/losses/logits.py'),
                                      'kdlab.losses.logits.RowWeighted.__init__': ( 'api/losses/logits.html#rowweighted.__init__',
                                                                                    'kdlab/losses/logits.py'),

@@ -36,7 +36,7 @@ def threads()->int: # threads a kernel may use
     "torch's own thread count; 1 in a forked child, where a parallel region can hang."
     return 1 if _forked else torch.get_num_threads()
 
-# %% ../nbs/api/02_ops.ipynb #1921416c
+# %% ../nbs/api/02_ops.ipynb #3d1d1c65
 class Question(NamedTuple):
     "What to compute over the rows of two tensors of logits; all but the tensors."
     T: float|Tensor = 1. # temperature
@@ -50,7 +50,7 @@ class Question(NamedTuple):
     use_kl: bool = True # is there a soft term?
     kind: str = "forward_kl" # which divergence
     mix: float = 0. # beta of jsd, alpha of the skew ones and of dkd, 1 where logit_mse centres
-    others: float = 0. # beta of dkd
+    others: float = 0. # beta of dkd, gamma of nkd
 
 # %% ../nbs/api/02_ops.ipynb #15baeb68
 def _valid(target:Tensor|None, mask:Tensor|None, ignore_index:int)->Tensor|None:
@@ -65,7 +65,7 @@ def _denominator(valid:Tensor|None, rows:Tensor, q:Question)->float|Tensor:
     if valid is None: return max(1, rows.numel())
     return valid.sum().clamp(min=1)
 
-# %% ../nbs/api/02_ops.ipynb #130fc76b
+# %% ../nbs/api/02_ops.ipynb #72262af1
 def _wide(student:Tensor, teacher:Tensor|None)->torch.dtype:
     "What autograd computes in: float64 on the CPU; else float32 or the widest input."
     if student.device.type == "cpu": return torch.float64
@@ -77,7 +77,7 @@ def _by_row(T)->bool:
     return isinstance(T, Tensor) and T.dim() > 0
 
 _MIXED = *closed_forms.MIXED, "logit_mse" # the divergences whose one option is Question.mix
-_LABELLED = "dkd", # those that need labels
+_LABELLED = "dkd", "nkd" # those that need labels
 
 def _reads_labels(q:Question)->bool:
     "Are the labels more than a list of the rows that count?"
@@ -90,9 +90,10 @@ def _terms(student:Tensor, teacher:Tensor|None, target:Tensor|None, q:Question)-
     if q.use_kl:
         T = q.T.to(wide) if isinstance(q.T, Tensor) else q.T
         t, T_row = teacher.to(wide), T.unsqueeze(-1) if _by_row(T) else T
-        if q.kind == "dkd": rows = logit_reference.stable_dkd(student, t, target, T_row, q.mix, q.others)
+        if q.kind == "nkd": rows = logit_reference.stable_nkd(student, t, target, T_row, q.others, q.t_squared)
+        elif q.kind == "dkd": rows = logit_reference.stable_dkd(student, t, target, T_row, q.mix, q.others)
         else: rows = getattr(reference, f"stable_{q.kind}")(student, t, T_row, *[q.mix] * (q.kind in _MIXED))
-        out[q.kind] = rows * T**2 if q.t_squared else rows
+        out[q.kind] = rows * T**2 if q.t_squared and q.kind != "nkd" else rows # there it belongs to one of two terms
     if q.use_ce: out["cross_entropy"] = reference.stable_cross_entropy(student, target)
     return out
 
@@ -218,10 +219,10 @@ def _torch_answer(student, teacher, target, mask, row_weight, q:Question)->Tenso
     terms, valid, _ = _closed_rows(student, teacher, target, mask, row_weight, q, False)
     return _weighted(terms, valid, row_weight, q).to(_loss_dtype(student, teacher))
 
-# %% ../nbs/api/02_ops.ipynb #50bda2df
+# %% ../nbs/api/02_ops.ipynb #b54bcc2a
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _KINDS = {k: i for i, k in enumerate(("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
-                                      "soft_cross_entropy", "dkd"))}
+                                      "soft_cross_entropy", "dkd", "nkd", "logit_mse"))}
 _KERNELS = set(_KINDS) # those that the compiled core computes
 
 def _rows_of(x:Tensor)->tuple[Tensor, int]:

@@ -12,7 +12,8 @@ ISAS = [] if ops._C is None else ops._C.info()["isas"]
 NAN, INF = math.nan, math.inf
 FAMILY = [("reverse_kl", {}), ("total_variation", {}), ("soft_cross_entropy", {}), ("jsd", {"beta": 0.5}), ("jsd", {"beta": 0.1}),
           ("jsd", {"beta": 0.9}), ("skew_kl", {"alpha": 0.1}), ("skew_kl", {"alpha": 0.7}), ("skew_reverse_kl", {"alpha": 0.1}),
-          ("skew_reverse_kl", {"alpha": 0.7}), ("dkd", {"alpha": 1.0, "beta": 8.0}), ("dkd", {"alpha": 2.0, "beta": 0.5})]
+          ("skew_reverse_kl", {"alpha": 0.7}), ("dkd", {"alpha": 1.0, "beta": 8.0}), ("dkd", {"alpha": 2.0, "beta": 0.5}),
+          ("nkd", {"gamma": 1.5})]
 family = pytest.mark.parametrize("name, mix", FAMILY, ids=lambda x: x if isinstance(x, str) else "-".join(f"{v:g}" for v in x.values()))
 ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -33,7 +34,7 @@ def rows_and_gradient(f, s):
 
 def labels(name, s):
     "The target of a divergence that reads labels."
-    return [7 * torch.arange(len(s)) % s.shape[1]] if name == "dkd" else []
+    return [7 * torch.arange(len(s)) % s.shape[1]] if name in ("dkd", "nkd") else []
 
 
 def kernel(name, mix, s, t, T, *args, **options):
@@ -42,8 +43,9 @@ def kernel(name, mix, s, t, T, *args, **options):
 
 
 def truth(name, mix, s, t, T, *args):
-    f, args = getattr(logit_reference if name == "dkd" else reference, "stable_" + name), args or labels(name, s)
-    return rows_and_gradient(lambda x: f(x, t.double(), *args, T, *mix.values()), s.double())
+    args = args or labels(name, s)
+    f = getattr(logit_reference if args else reference, "stable_" + name)
+    return rows_and_gradient(lambda x: f(x, t.double(), *args, T, *mix.values(), *[False] * (name == "nkd")), s.double())
 
 
 def data(kind, rows, C):
@@ -121,7 +123,7 @@ def test_the_same_bits_for_any_threads(isa, name, mix, shape):
     s[::7] = t[::7] + 1e-3 * s[::7]
     y = torch.arange(shape[0]) % shape[1]
     objective = 0.1 * kd.CrossEntropy() + 0.9 * {"jsd": kd.JSD, "skew_kl": kd.SkewKL, "skew_reverse_kl": kd.SkewReverseKL,
-        "reverse_kl": kd.ReverseKL, "total_variation": kd.TotalVariation, "soft_cross_entropy": kd.SoftCrossEntropy, "dkd": kd.DKD}[name](T=2, **mix)
+        "reverse_kl": kd.ReverseKL, "total_variation": kd.TotalVariation, "soft_cross_entropy": kd.SoftCrossEntropy, "dkd": kd.DKD, "nkd": kd.NKD}[name](T=2, **mix)
     results = []
     try:
         for n in (1, 2, 3, 1):
@@ -130,10 +132,29 @@ def test_the_same_bits_for_any_threads(isa, name, mix, shape):
     finally: torch.set_num_threads(1)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0]))
     ce, ce_grad = rows_and_gradient(lambda x: kd.CrossEntropy()(x, None, y), s)
-    soft, soft_grad = truth(name, mix, s, t, 2.0, *[y] * (name == "dkd"))
+    if name == "nkd": soft, soft_grad = rows_and_gradient(lambda x: logit_reference.stable_nkd(x, t.double(), y, 2.0) / 4, s.double())
+    else: soft, soft_grad = truth(name, mix, s, t, 2.0, *[y] * (name == "dkd"))
     torch.testing.assert_close(results[0][0].double(), 0.1 * ce.double() + 0.9 * 4 * soft.mean(), rtol=2e-6, atol=0)
     want = 0.1 * ce_grad.double() + 0.9 * 4 * soft_grad / len(s)
     assert (results[0][1].double() - want).abs().max() <= 4e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("C", [1, 5, 40, 41, 1000])
+def test_squares_of_differences(isa, C, center):
+    s, t = data("ordinary", 9, C) if C > 1 else (torch.ones(9, 1), torch.zeros(9, 1))
+    s, t = s.float() + torch.linspace(-1e3, 1e4, 9)[:, None], t.float() - 1e4
+    if C > 5: s[1, 4], t[2, 1], s[3, 2], t[3, 2], s[4, 3], t[5, 0], s[6] = -INF, -INF, -INF, -INF, INF, NAN, NAN
+    mask = torch.arange(9) != 6
+    def ours(x): return kd.functional.logit_mse(x, t, center=center, mask=mask, reduction="none", backend="cpp")
+    def exact(x): return torch.where(mask, reference.logit_mse(x, t.double(), center=center), 0)
+    (rows, grad), (want, want_grad) = rows_and_gradient(ours, s), rows_and_gradient(exact, s.double())
+    want_grad[6] = 0
+    torch.testing.assert_close(rows.double(), want, rtol=2e-6, atol=1e-6, equal_nan=True)
+    size = want_grad.where(want_grad.isfinite(), 0).abs().amax(-1, keepdim=True)
+    assert torch.equal(grad.isfinite(), want_grad.isfinite()) and torch.equal(grad.isnan(), want_grad.isnan())
+    off = (grad.double() - want_grad).abs()
+    assert (off[want_grad.isfinite()] <= (2e-6 * size + 1e-6).expand_as(off)[want_grad.isfinite()]).all()
 
 
 @pytest.mark.parametrize("name, option", [("jsd", "beta"), ("skew_kl", "alpha"), ("skew_reverse_kl", "alpha")])

@@ -8,6 +8,9 @@
 //     NCKD = KL(p^ || q^),             d NCKD / d s_y = 0,             d NCKD / d s_i = (q^_i - p^_i) / T
 //
 // NCKD is the forward KL of a row without its label. TCKD has one number a row, in double.
+//
+// NKD takes the soft cross-entropy of the row without its label, and the label's own cross-entropy, both at T = 1, weighted by
+// the teacher's probability of it: half of it is CE with a weight for each row.
 namespace KDLAB_ISA {
 
 struct Coin { double value, slope; };                       // TCKD and q - p

@@ -71,7 +71,7 @@ int64_t kdlab_soft_kl_cpu(const kdlab_soft_kl* a) {
     job.kind = kdlab_kind_at_ends(a->kind, a->mix);
     const bool label = job.kl && kdlab_kind_has_label(job.kind);
     if (label && !a->target) job.kl = false;
-    job.ce = a->target && (a->ce_weight != 0 || a->ce_rows);
+    job.ce = a->target && (a->ce_weight != 0 || a->ce_rows || (job.kl && job.kind == KDLAB_NKD));    // half of NKD is one
 
     int64_t valid = 0;
     for (int64_t r = 0; r < a->rows; ++r) {

@@ -32,12 +32,12 @@ public:
     void carry(F64 sum) { all = all + sum; }
     double total() const { return sum_of(all); }
 };
-constexpr int64_t carry_every = 8;
+constexpr int carry_every = 8;
 
 // Calls body(i) for whole vectors, tail(i, n) for the last n elements, and after every few vectors carry().
-template <class V, class Body, class Tail, class Carry>
+template <class V, int kEvery = carry_every, class Body, class Tail, class Carry>
 inline void along_row(int64_t cols, Body body, Tail tail, Carry carry) {
-    constexpr int64_t step = carry_every * lanes<V>;
+    constexpr int64_t step = kEvery * lanes<V>;
     const int64_t end = cols - cols % lanes<V>;
     int64_t i = 0;
     while (i < end) {
@@ -50,6 +50,17 @@ inline void along_row(int64_t cols, Body body, Tail tail, Carry carry) {
     }
 }
 
+// A vector of a row without one class, if that is among its own; `at` counts from the vector's first.
+template <class V>
+inline V without(int64_t at, V v, V nothing) {
+    if (static_cast<uint64_t>(at) >= static_cast<uint64_t>(lanes<V>)) return v;
+    Real<V> x[lanes<V>], y[lanes<V>];
+    store(x, v);
+    store(y, nothing);
+    x[at] = y[at];
+    return load(x);
+}
+
 // A row as the forms below read it, and what the sweep has summed up
 template <class V>
 struct RealRow {
@@ -59,9 +70,16 @@ struct RealRow {
 template <class V>
 struct RowSums {
     double zs, zt, m;
-    Real<V> top_s, top_t;
+    V top_s, top_t;                                         // largest logits, in some lane
     bool rough;                                             // was a reference changed, or a class excluded?
 };
+
+constexpr int most_e = 4;                                   // the largest exponential
+
+// What the value of a mixture tends to where student and teacher have nothing in common
+inline double most_apart(int kind, double a) {
+    return kind == KDLAB_JSD ? -a * std::log(a) - (1 - a) * std::log(1 - a) : -std::log(a);
+}
 
 template <int kKind, class V>
 class FamilyRows {
@@ -72,6 +90,7 @@ class FamilyRows {
     const int64_t cols;
     const Temperature<V>& temperature;
     const Scratch<V> x;
+    const double largest;                                   // what most_apart says of this divergence
     const V low = all<V>(-INFINITY);
 
     // The sums of the row's exponentials again, with all their digits. They replace those in the scratch.
@@ -118,18 +137,15 @@ class FamilyRows {
     }
     // Are the slopes where the student has mass so little apart that the fast form cannot tell them?
     bool needs_care() const {
-        return (kKind == KDLAB_JSD && job.mix < 0.25) || (kKind == KDLAB_SKEW_REVERSE_KL && job.mix > 0.25) || job.mix == 1;
+        constexpr double least = has_quick_log2<V> ? 0.06 : 0.25, most = has_quick_log2<V> ? 0.6 : 0.25;
+        return (kKind == KDLAB_JSD && job.mix < least) || (kKind == KDLAB_SKEW_REVERSE_KL && job.mix > most) || job.mix == 1;
     }
+    // Is it enough to be careful with the logarithms?
+    bool is_flat() const { return (kKind == KDLAB_JSD && job.mix < 0.25) || (kKind == KDLAB_SKEW_REVERSE_KL && job.mix > 0.25); }
     static bool is_sure(double top_s) { return top_s > (kReverse ? 0.4 : 0.5); }
     bool is_apart(double value, bool near) const {
         if (!is_mixture(kKind) || (kKind == KDLAB_SKEW_KL && !near)) return false;
-        return value > (kKind == KDLAB_SKEW_REVERSE_KL ? 0.65 : 0.75) * largest();
-    }
-
-    // What a mixture's value tends to where student and teacher have nothing in common
-    double largest() const {
-        const double a = job.mix;
-        return kKind == KDLAB_JSD ? -a * std::log(a) - (1 - a) * std::log(1 - a) : -std::log(a);
+        return value > (kKind == KDLAB_SKEW_REVERSE_KL ? 0.65 : 0.75) * largest;
     }
 
     // How much the value bends with log(p_s / p_t), where they are equal
@@ -206,7 +222,7 @@ class FamilyRows {
     }
 
     // The second pass of an ordinary row, when the sums of the exponentials are known.
-    KDLAB_OUT_OF_LINE double ordinary_row(const RealRow<V>& row, double zs, double zt, double g, Factors<V>& f) const {
+    KDLAB_OUT_OF_LINE double ordinary_row(const RealRow<V>& row, double zs, double zt, double kl, double g, Factors<V>& f) const {
         RowSum<V> slope, to_s, to_t;
         if (kKind == KDLAB_TOTAL_VARIATION) {               // slope 0 where q > p, else -1
             const V ps = all<V>(R(1 / zs)), pt = all<V>(R(1 / zt)), zero = V{};
@@ -220,38 +236,55 @@ class FamilyRows {
             f.s = all<V>(R(g / zs * (slope.total() / zs)));
             return to_s.total() / 2;
         }
-        if constexpr (is_mixture(kKind)) {
-            const double a = job.mix, rest = 1 - a, shift = std::log2(zs / zt);
-            const double of_t = (kKind == KDLAB_SKEW_REVERSE_KL ? rest : a) * (zs / zt), of_s = kKind == KDLAB_SKEW_REVERSE_KL ? a : rest;
-            const Mixture<V> k = {all<V>(R(of_s)), all<V>(R(of_t)), all<V>(R(shift)), all<V>(R(of_s * log2_of_e))};
-            const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
-            auto one = [&](V s, V t, int64_t i) {
-                auto terms = mixed_terms<kKind>(s - from_s, t - from_t, load(x.es + i), load(x.et + i), k, temperature);
-                store(x.et + i, terms.slope);
-                slope.add(terms.slope);
-                to_s.add(terms.to_s);
-                to_t.add(terms.to_t);
-            };
-            along_row<V>(cols, [&](int64_t i) { one(load(row.s + i), load(row.t + i), i); },
-                [&](int64_t i, int n) {
-                    one(load_part(row.s + i, n, all<V>(row.from_s)), load_part(row.t + i, n, all<V>(row.from_t)), i);
-                }, [&] { slope.carry(); to_s.carry(); to_t.carry(); });
-            const double factor = kKind == KDLAB_SKEW_KL ? -rest * zs / zt : kKind == KDLAB_JSD ? rest / log2_of_e : 1 / log2_of_e;
-            f.t = all<V>(R(-g * factor / zs));
-            f.s = all<V>(R(-g * factor / zs * (slope.total() / zs)));
-            const double kl_s = to_s.total() / zs, kl_t = to_t.total() / zt + (shift - double(R(shift)));
-            const double bits = kKind == KDLAB_JSD ? a * kl_t + rest * kl_s : kKind == KDLAB_SKEW_KL ? kl_t : kl_s;
-            return bits / log2_of_e + (double(R(of_s)) - of_s) + (double(R(of_t)) - of_t) * (zt / zs);   // m was off by so much
-        }
+        if constexpr (has_quick_log2<V> && (kKind == KDLAB_JSD || kKind == KDLAB_SKEW_REVERSE_KL))
+            if (is_flat()) return mixed_row<kKind == KDLAB_JSD, true>(row, zs, zt, kl, g, f);
+        if constexpr (kKind == KDLAB_JSD) if (kl < most_for_jsd && most_e / std::fmin(zs, zt) < 0.4) return mixed_row<true>(row, zs, zt, kl, g, f);
+        if constexpr (is_mixture(kKind)) return mixed_row<false>(row, zs, zt, kl, g, f);
         return 0;
+    }
+    static constexpr double most_for_jsd = 2;               // where the rounding of the KL does not show in the JSD, if no class has most of the mass
+
+    // The same for a mixture. Only what its value and slope need is added up.
+    template <bool kFromKL, bool kFine = false>
+    KDLAB_OUT_OF_LINE double mixed_row(const RealRow<V>& row, double zs, double zt, double kl, double g, Factors<V>& f) const {
+        constexpr bool kTeacher = kKind == KDLAB_SKEW_KL || (kKind == KDLAB_JSD && !kFromKL);      // are its logits read?
+        const double a = job.mix, rest = 1 - a;
+        const double z = kKind == KDLAB_SKEW_KL ? zt : zs, ratio = zt / zs;
+        const double of_s = (kKind == KDLAB_SKEW_REVERSE_KL ? a : rest) * (z / zs), of_t = (kKind == KDLAB_SKEW_REVERSE_KL ? rest : a) * (z / zt);
+        const Mixture<V> k = {all<V>(R(of_s)), all<V>(R(of_t)), all<V>(R(-of_s * log2_of_e)), all<V>(R(ratio))};
+        const V from_s = all<V>(row.from_s), from_t = all<V>(row.from_t);
+        RowSum<V> slope, share;
+        MixedSums<V> part = {};
+        const R *const row_s = row.s, *const row_t = row.t, *const x_es = x.es;       // all of these in registers
+        R* const x_et = x.et;
+        const Temperature<V> T = temperature;
+        auto one = [&](V s, V t, int64_t i) {
+            store(x_et + i, add_mixed<kKind, kFromKL, kFine>(s - from_s, t - from_t, load(x_es + i), load(x_et + i), k, T, part));
+        };
+        along_row<V, 2 * carry_every>(cols, [&](int64_t i) { one(load(row_s + i), kTeacher ? load(row_t + i) : from_t, i); },
+            [&](int64_t i, int n) {
+                one(load_part(row_s + i, n, from_s), kTeacher ? load_part(row_t + i, n, from_t) : from_t, i);
+            }, [&] {
+                slope.carry(part.slope);
+                share.carry(part.share);
+                part = MixedSums<V>();
+            });
+        const double factor = kKind == KDLAB_SKEW_KL ? -rest : kKind == KDLAB_JSD ? rest / log2_of_e : 1 / log2_of_e;
+        f.t = all<V>(R(-g * factor / zs));
+        f.s = all<V>(R(-g * factor / zs * (slope.total() / zs)));
+        const double to_s = (kKind == KDLAB_JSD ? slope : share).total() / zs / log2_of_e;
+        const double to_t = share.total() / zt / log2_of_e + (kFromKL ? kl : kKind == KDLAB_JSD ? std::log1p((double(R(ratio)) - ratio) / ratio) : 0);
+        const double value = kKind == KDLAB_JSD ? a * to_t + rest * to_s : kKind == KDLAB_SKEW_KL ? to_t : to_s;
+        return value + (double(R(of_s)) - of_s) * (zs / z) + (double(R(of_t)) - of_t) * (zt / z);        // m was off by so much
     }
 
 public:
-    FamilyRows(const Job& j, const Temperature<V>& T, const Scratch<V>& scratch)
-        : job(j), cols(j.cols), temperature(T), x(scratch) {}
+    FamilyRows(const Job& j, const Temperature<V>& T, const Scratch<V>& scratch, double apart = 0)
+        : job(j), cols(j.cols), temperature(T), x(scratch), largest(apart) {}
 
-    // The teacher's entropy. Where one class has most of its mass, from the others: log Z_t would cancel.
-    KDLAB_OUT_OF_LINE double entropy_of(const RealRow<V>& row, R top, double sum_of_logits, double zt, bool excludes) const {
+    // The teacher's entropy, if need be without the label's class. Where one class has most of its mass, from the others:
+    // log Z_t would cancel.
+    KDLAB_OUT_OF_LINE double entropy_of(const RealRow<V>& row, R top, double sum_of_logits, double zt, bool excludes, int64_t label = -1) const {
         const double most = std::exp((double(top) - double(row.from_t)) / job.T);
         if (most < 0.3 * zt && !excludes) return std::log(zt) - sum_of_logits / zt / job.T;
         const V from = all<V>(top), one_more = all<V>(1);
@@ -262,8 +295,8 @@ public:
             others.add(t < from ? e : V{});
             tops.add(t < from ? V{} : one_more);
         };
-        along_row<V>(cols, [&](int64_t i) { one(load(row.t + i)); },
-                     [&](int64_t i, int n) { one(load_part(row.t + i, n, low)); },
+        along_row<V>(cols, [&](int64_t i) { one(without(label - i, load(row.t + i), low)); },
+                     [&](int64_t i, int n) { one(without(label - i, load_part(row.t + i, n, low), low)); },
                      [&] { sum.carry(); others.carry(); tops.carry(); });
         const double rest = others.total() + (tops.total() - 1);
         return std::log1p(rest) - sum.total() / (1 + rest) / job.T;
@@ -273,14 +306,20 @@ public:
     double value(const RealRow<V>& row, const RowSums<V>& z, double g, Factors<V>& f) const {
         const double zs = z.zs, zt = z.zt, m = z.m;
         const double kl = kReverse ? -m / zs / job.T - std::log(zs / zt) : m / zt / job.T + std::log(zs / zt);
-        const double top_s = std::exp((double(z.top_s) - double(row.from_s)) / job.T) / zs;
-        const double top_t = std::exp((double(z.top_t) - double(row.from_t)) / job.T) / zt;
-        if (is_sure(top_s)) return careful_row(row, z.top_s, zs, zt, Form::sure, g, f);
         const bool rough = kReverse ? std::fabs(m / zs / job.T) > 8 : is_mixture(kKind) && z.rough;
-        const bool near = !std::isfinite(kl) || rough || is_near(kl, std::fmax(top_s, top_t));
+        const double no_top_above = most_e / std::fmin(zs, zt);
+        bool near = false;
+        R top = 0;
+        if (!(no_top_above < 0.4 && std::isfinite(kl) && !rough && !is_near(kl, no_top_above))) {     // look closer
+            top = max_of(z.top_s);
+            const double top_s = std::exp((double(top) - double(row.from_s)) / job.T) / zs;
+            const double top_t = std::exp((double(max_of(z.top_t)) - double(row.from_t)) / job.T) / zt;
+            if (is_sure(top_s)) return careful_row(row, top, zs, zt, Form::sure, g, f);
+            near = !std::isfinite(kl) || rough || is_near(kl, std::fmax(top_s, top_t));
+        }
         if (near || !kReverse) {
-            const double value = near ? careful_row(row, z.top_s, zs, zt, Form::near, g, f) : ordinary_row(row, zs, zt, g, f);
-            return is_apart(value, near) ? careful_row(row, z.top_s, zs, zt, Form::apart, g, f) : value;
+            const double value = near ? careful_row(row, top, zs, zt, Form::near, g, f) : ordinary_row(row, zs, zt, kl, g, f);
+            return is_apart(value, near) ? careful_row(row, max_of(z.top_s), zs, zt, Form::apart, g, f) : value;
         }
         f.t = all<V>(R(g / job.T / zs));                    // slope = (a - b) / T + const
         f.s = all<V>(R(g / job.T / zs * (m / zs)));

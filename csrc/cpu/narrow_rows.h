@@ -193,9 +193,11 @@ class NarrowRows {
         return NarrowFamily<kKind, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t, k);
     }
 
-    // DKD of each lane, with its label y: the forward KL of the row without its label, and the label's own question. Leaves
-    // T times its gradient in es.
+    // DKD of each lane, with its label y: the forward KL of the row without its label, and the label's own question. NKD: the
+    // soft cross-entropy of that row. Leaves T times its gradient in es.
+    template <int kKind>
     KDLAB_OUT_OF_LINE V decoupled(V y) const {
+        constexpr bool kNKD = kKind == KDLAB_NKD;
         const V low = all<V>(-INFINITY), zero = V{}, least = all<V>(Scalar<V>::least);
         V s_y = low, t_y = low;
         for (int c = 0; c < cols; ++c) {
@@ -208,19 +210,32 @@ class NarrowRows {
         }
         const V max_s = max(maximum(s), least), max_t = max(maximum(t), least);
         Close<V> k;
-        V nckd = NarrowFamily<KDLAB_FORWARD_KL, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t, k);
+        const V nckd = NarrowFamily<kNKD ? KDLAB_SOFT_CROSS_ENTROPY : KDLAB_FORWARD_KL, V>{job, cols, temperature, s, t, es, et}.divergence(max_s, max_t, k);
         const V unending = all<V>(INFINITY), one_more = all<V>(1);
         const V none_s = k.ps == unending ? one_more : zero, none_t = k.pt == unending ? one_more : zero;     // no other class
         const V spoil = s_y < unending && t_y < unending && none_s == none_t ? zero : all<V>(NAN);
         const V nothing = (s_y - s_y) + (t_y - t_y) + spoil;                      // 0, unless the label has no logit either
-        const CoinOf<V> tckd = toss(s_y, t_y, max_s, max_t, k, temperature);
-        const V alpha = all<V>(R(job.mix)), beta = all<V>(R(job.others)), pull = alpha * tckd.slope + spoil;
+        const CoinOf<V> tckd = kNKD ? CoinOf<V>{s_y > low ? zero : t_y > low ? unending : zero, zero} : toss(s_y, t_y, max_s, max_t, k, temperature);
+        const V alpha = all<V>(R(kNKD ? 1 : job.mix)), beta = all<V>(R(job.others)), pull = alpha * tckd.slope + spoil;
         for (int c = 0; c < cols; ++c) {
             V d = load(es + c * L), q = fma(load(et + c * L), k.pt, d);
             V gradient = y == all<V>(R(c)) ? pull : fma(-pull, q, beta * d);
             store(es + c * L, none_s > zero ? nothing : gradient);
         }
         return none_s > zero ? nothing : fma(alpha, tckd.value, beta * nckd) + spoil;
+    }
+
+    // The teacher's probability of the label, at T = 1
+    V probability_of_label(V max_t, V y) const {
+        LaneSum<V> others;
+        V own = V{};
+        for (int c = 0; c < cols; ++c) {
+            auto is_label = y == all<V>(R(c));
+            V e = softened_exp(load(t + c * L) - max_t, one);
+            others.add(is_label ? V{} : e);
+            own = is_label ? e : own;
+        }
+        return own / (own + others.total());
     }
 
     // CE of each lane; leaves h / Z_h - [class = y] in h.
@@ -257,7 +272,7 @@ public:
 
 private:
     void block(int64_t r, int n) const {
-        R y[L] = {}, scale_kl[L] = {}, scale_ce[L] = {};
+        R y[L] = {}, scale_kl[L] = {}, scale_ce[L] = {}, scale_label[L] = {};
         double scale = job.kl_weight * job.kl_factor / job.T;
         bool counts[L];
         const bool label = kKL && kdlab_kind_has_label(job.kind);
@@ -266,14 +281,22 @@ private:
             double g = counts[lane] ? job.grad_scale(r + lane) : 0;
             scale_kl[lane] = R(g * scale);
             scale_ce[lane] = R(g * job.ce_weight);
+            scale_label[lane] = R(g * job.kl_weight);
             if (kCE || label) y[lane] = R(counts[lane] ? job.target[r + lane] : 0);
         }
         gather(job.student, job.student_stride, r, n, s);
-        V max_s = maximum(s), kl = V{}, ce = V{};
+        V max_s = maximum(s), kl = V{}, ce = V{}, of_h = load(scale_ce);
         if (kCE) ce = hard_label(max_s, load(y));
         if (kKL) {
             gather(job.teacher, job.teacher_stride, r, n, t);
-            kl = label ? decoupled(load(y)) : divergence(max_s, maximum(t));
+            const V max_t = maximum(t);
+            if (job.kind == KDLAB_NKD) {
+                const V p = probability_of_label(max_t, load(y)), factor = all<V>(R(1 / job.kl_factor));
+                kl = decoupled<KDLAB_NKD>(load(y)) + (p > V{} ? p * ce : p) * factor;
+                of_h = fma(load(scale_label), p, of_h);
+            } else {
+                kl = label ? decoupled<KDLAB_DKD>(load(y)) : divergence(max_s, max_t);
+            }
         }
 
         R kl_of[L], ce_of[L];
@@ -285,8 +308,8 @@ private:
         }
         if (!job.grad) return;
         for (int i = 0; i < cols * L; i += L) {
-            V g = kKL ? load(es + i) * load(scale_kl) : load(h + i) * load(scale_ce);
-            if (kKL && kCE) g = fma(load(h + i), load(scale_ce), g);
+            V g = kKL ? load(es + i) * load(scale_kl) : load(h + i) * of_h;
+            if (kKL && kCE) g = fma(load(h + i), of_h, g);
             store(s + i, g);
         }
         scatter(s, r, n, counts);

@@ -51,31 +51,47 @@ inline F32 quick_exp2(F32 x, F32 k, bool finer) {
     return _mm512_scalef_ps(p, y);
 }
 
-// log2 x for normal positive x, without a division: absolute error 1e-7 times the larger of 1 and |log2 x|. The first four
-// binary digits of the mantissa choose a number whose inverse and logarithm are in the tables. The logarithms are multiples of
-// 2^-18 (to 1e-9), so that they and e add up without rounding; a polynomial takes the rest.
+// a b - log2 x for normal positive x, without a division: absolute error 1e-7 times the larger of 1 and the result. The first
+// four binary digits of the mantissa choose a number whose inverse and logarithm are in the tables. The logarithms are
+// multiples of 2^-18 (to 1e-9), so that they and e add up without rounding; a polynomial takes the rest.
 template <class V> constexpr bool has_quick_log2 = sizeof(V) / sizeof(V{}[0]) == 16;
-inline F32 quick_log2(F32 x) {
-    const F32 inverse = _mm512_setr_ps(
+inline F32 log_inverses() {
+    return _mm512_setr_ps(
         0.969967902f, 0.914459229f, 0.865077436f, 0.82030344f, 0.780413747f, 0.744427621f, 0.710888028f, 0.680925131f,
         0.652797937f, 0.627492905f, 0.603949189f, 0.581714749f, 0.561356187f, 0.542654872f, 0.524311721f, 0.508181095f);
-    const F32 logarithm = _mm512_setr_ps(
+}
+inline F32 logs() {
+    return _mm512_setr_ps(
         0.0439910889f, 0.129009247f, 0.209098816f, 0.285770416f, 0.357688904f, 0.425796509f, 0.492305756f, 0.554431915f,
         0.615291595f, 0.672328949f, 0.727500916f, 0.781616211f, 0.833011627f, 0.881893158f, 0.931503296f, 0.976585388f);
+}
+inline F32 quick_log2_below(F32 x, F32 a, F32 b) {
     const __m512i place = _mm512_srli_epi32(_mm512_castps_si512(x), 19);            // its last four binary digits count
     const F32 e = _mm512_getexp_ps(x), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-    const F32 whole = _mm512_add_ps(e, _mm512_permutexvar_ps(place, logarithm));
-    const F32 r = fma(m, _mm512_permutexvar_ps(place, inverse), _mm512_set1_ps(-1.0f));
-    F32 p = fma(_mm512_set1_ps(-0.360674676f), r, _mm512_set1_ps(0.481228992f));
-    p = fma(p, r, _mm512_set1_ps(-0.721347606f));
-    p = fma(p, r, _mm512_set1_ps(1.44269497f));
-    return fma(p, r, whole);
+    const F32 whole = _mm512_add_ps(e, _mm512_permutexvar_ps(place, logs())), rest = _mm512_fmsub_ps(a, b, whole);
+    const F32 r = fma(m, _mm512_permutexvar_ps(place, log_inverses()), _mm512_set1_ps(-1.0f));
+    F32 p = fma(_mm512_set1_ps(0.360674676f), r, _mm512_set1_ps(-0.481228992f));
+    p = fma(p, r, _mm512_set1_ps(0.721347606f));
+    p = fma(p, r, _mm512_set1_ps(-1.44269497f));
+    return fma(p, r, rest);
+}
+// The same for x + error, with y in the place of a b: absolute error 1e-8 where the result is small
+inline F32 quick_log2_below(F32 x, F32 error, F32 y, bool) {
+    const __m512i place = _mm512_srli_epi32(_mm512_castps_si512(x), 19);
+    const F32 e = _mm512_getexp_ps(x), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const F32 inverse = _mm512_permutexvar_ps(place, log_inverses()), rest = _mm512_sub_ps(y, _mm512_add_ps(e, _mm512_permutexvar_ps(place, logs())));
+    const F32 more = _mm512_scalef_ps(error, _mm512_sub_ps(_mm512_setzero_ps(), e));
+    const F32 r = fma(more, inverse, fma(m, inverse, _mm512_set1_ps(-1.0f)));
+    F32 p = fma(_mm512_set1_ps(0.360674676f), r, _mm512_set1_ps(-0.481228992f));
+    p = fma(p, r, _mm512_set1_ps(0.721347606f));
+    p = fma(p, r, _mm512_set1_ps(-1.44269497f));
+    return fma(p, r, rest);
 }
 // 1 / x with a relative error of 2^-23
 template <class V> constexpr bool has_quick_inverse = sizeof(V) / sizeof(V{}[0]) == 16;
 inline F32 quick_inverse(F32 x) {
     const F32 y = _mm512_rcp14_ps(x);
-    return fma(y, fma(_mm512_xor_ps(y, _mm512_set1_ps(-0.0f)), x, _mm512_set1_ps(1.0f)), y);
+    return fma(y, _mm512_fnmadd_ps(y, x, _mm512_set1_ps(1.0f)), y);
 }
 
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }

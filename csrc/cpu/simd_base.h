@@ -52,7 +52,7 @@ inline double max_of(F64 v) {
 
 // Is there quick_exp2(x, k, finer), which is 2^(x k) where x k is below 4?
 template <class V> constexpr bool has_quick_exp2 = false;
-// Are there quick_log2(x) and quick_inverse(x), for normal positive x?
+// Are there quick_log2_below(x, a, b), which is a b - log2 x, and quick_inverse(x), for normal positive x?
 template <class V> constexpr bool has_quick_log2 = false;
 template <class V> constexpr bool has_quick_inverse = false;
 // 2^n from n + exponent bias in the low bits of x (see exp2_of); 0 for n = -127 (float) or -1023 (double)

@@ -9,7 +9,9 @@ void wide_rows(const Job& job, int64_t begin, int64_t end, void* scratch) {
 
 template <class E>
 void soft_kl_as(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.cols <= widest_narrow) {
+    if (job.kl && job.kind == KDLAB_LOGIT_MSE) {
+        wide_rows<KDLAB_LOGIT_MSE, E>(job, begin, end, scratch);
+    } else if (job.cols <= widest_narrow) {
         if (job.kl && job.ce) NarrowRows<true, true, E>(job, scratch).run(begin, end);
         else if (job.kl) NarrowRows<true, false, E>(job, scratch).run(begin, end);
         else NarrowRows<false, true, E>(job, scratch).run(begin, end);
@@ -19,6 +21,7 @@ void soft_kl_as(const Job& job, int64_t begin, int64_t end, void* scratch) {
         switch (job.kind) {
             case KDLAB_REVERSE_KL: return wide_rows<KDLAB_REVERSE_KL, E>(job, begin, end, scratch);
             case KDLAB_DKD: return wide_rows<KDLAB_DKD, E>(job, begin, end, scratch);
+            case KDLAB_NKD: return WideRows<KDLAB_NKD, true, E>(job, end, scratch).run(begin);
             case KDLAB_SOFT_CROSS_ENTROPY: return wide_rows<KDLAB_SOFT_CROSS_ENTROPY, E>(job, begin, end, scratch);
             case KDLAB_JSD: case KDLAB_SKEW_KL: case KDLAB_SKEW_REVERSE_KL:
                 return wide_rows<KDLAB_JSD, E>(job, begin, end, scratch);

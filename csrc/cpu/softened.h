@@ -107,44 +107,52 @@ inline CloseTerms<V> close_terms(V s, V t, V es, V et, const Close<V>& k) {
 }
 
 // ---- the mixtures in fast form -------------------------------------------------------------------------------------
-// Z_s m = of_s e_s + of_t e_t, so that log2(q / m) = a k - log2(Z_s m) and log2(p / m) = b k + shift - log2(Z_s m), where
-// k = log2(e) / T is the very number that the exponentials were made with.
+// Z_s m = of_s e_s + of_t e_t, so that log2(q / m) = a k - log2(Z_s m), where k = log2(e) / T is the very number that the
+// exponentials were made with. The skew KL takes Z_t m, so that log2(p / m) = b k - log2(Z_t m): sums of logarithms that cancel
+// would leave the rounding errors of the large ones.
 template <class V>
-struct Mixture {
-    V of_s, of_t, shift, pull;                                   // shift = log2(Z_s / Z_t), pull = of_s log2(e)
-};
+struct Mixture { V of_s, of_t, pull, to_teacher; };              // pull = -of_s log2(e), to_teacher = Z_t / Z_s
 
 template <class V>
-inline V fast_log2(V x) {
-    const V y = max(x, all<V>(Real<V>(1e-37)));                  // where both are 0 it does not matter
-    if constexpr (has_quick_log2<V>) return quick_log2(y);
-    else return log_of(y) * Real<V>(log2_of_e);
-}
-template <class V>
 inline V fast_ratio(V x, V y) {
-    y = max(y, all<V>(Real<V>(1e-37)));
     if constexpr (has_quick_inverse<V>) return x * quick_inverse(y);
     else return x / y;
 }
 template <class V>
-inline V scaled(V x, const Temperature<V>& T, V add) {           // x k + add
-    if constexpr (has_quick_exp2<V>) return fma(x, T.k, add);
-    else return fma(x, T.k, fma(x, T.k_rest, add));
+inline V log2_over(V a, V x, const Temperature<V>& T) {          // a k - log2 x
+    if constexpr (has_quick_log2<V>) return quick_log2_below(x, a, T.k);
+    else return fma(a, T.k, fma(a, T.k_rest, log_of(x) * Real<V>(-log2_of_e)));
 }
 
-// Of a class: e_s times its slope, and its shares e_s log2(q / m) and e_t log2(p / m)
-template <class V> struct MixedTerms { V slope, to_s, to_t; };
+// log2(e_s / m) where m is close to of_s e_s, with the digits that m is rounded by. Wants the rounded product that e_s was made of.
+template <class V>
+inline V log2_part(V a, V es, V et, V m, const Mixture<V>& k, const Temperature<V>& T) {
+    const V error = fma(et, k.of_t, fma(es, k.of_s, -m));        // exact where the student's part is the larger one
+    return quick_log2_below(m, error, a * T.k, true);
+}
 
-template <int kKind, class V>
-inline MixedTerms<V> mixed_terms(V a, V b, V es, V et, const Mixture<V>& k, const Temperature<V>& T) {
-    const V m = fma(es, k.of_s, et * k.of_t), log_m = fast_log2(m);
-    MixedTerms<V> x = {};
-    if (kKind != KDLAB_SKEW_KL) x.to_s = es * scaled(a, T, -log_m);
-    if (kKind != KDLAB_SKEW_REVERSE_KL) x.to_t = et * (scaled(b, T, k.shift) - log_m);
-    if (kKind == KDLAB_JSD) x.slope = x.to_s;
-    if (kKind == KDLAB_SKEW_KL) x.slope = es * fast_ratio(et, m);                 // times -(1 - alpha) Z_s / Z_t
-    if (kKind == KDLAB_SKEW_REVERSE_KL) x.slope = fma(es, -fast_ratio(es * k.pull, m), x.to_s);
-    return x;
+// Sums over classes: of e_s times the slope, and of the value's share, e_s log2(q / m) or e_t log2(p / m). JSD has both shares;
+// the first is its slope. Where it takes the second from the KL, that is e_t log2(q / m).
+template <class V> struct MixedSums { V slope, share; };
+
+// Adds a class, and returns e_s times its slope.
+template <int kKind, bool kFromKL, bool kFine, class V>
+inline V add_mixed(V a, V b, V es, V et, const Mixture<V>& k, const Temperature<V>& T, MixedSums<V>& sums) {
+    const V m = fma(es, k.of_s, fma(et, k.of_t, all<V>(Real<V>(1e-37))));      // where both are 0 it does not matter
+    if constexpr (kKind == KDLAB_SKEW_KL) {
+        const V slope = es * fast_ratio(et, m);                  // times -(1 - alpha)
+        sums.share = fma(et, log2_over(b, m, T), sums.share);
+        sums.slope = sums.slope + slope;
+        return slope;
+    }
+    V over;
+    if constexpr (kFine) over = log2_part(a, es, et, m, k, T);
+    else over = log2_over(a, m, T);
+    if (kKind == KDLAB_JSD) sums.share = fma(et, kFromKL ? over : log2_over(b, fma(m, k.to_teacher, all<V>(Real<V>(1e-37))), T), sums.share);
+    else sums.share = fma(es, over, sums.share);
+    const V slope = es * (kKind == KDLAB_JSD ? over : fma(fast_ratio(es, m), k.pull, over));
+    sums.slope = sums.slope + slope;
+    return slope;
 }
 
 // ---- the rest of the family, careful form --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Softened divergences and cross-entropy of rows with many classes: lanes are classes. Included once per instruction set.
+// Softened divergences and cross-entropy of rows with many classes (logit_mse: with any number): lanes are classes. Included once per instruction set.
 //
 // One sweep over memory does two things at once: the exponentials and sums of this row (kept in scratch), and the
 // gradient of the row before, from scratch. Each input is read from memory once, and reading, arithmetic and writing
@@ -24,13 +24,13 @@ struct Row {
 };
 
 // What a part of a row adds up to; `entropy` is the sum of e_t b. In near form zs is the sum of e_t psi(w), m that of
-// e_t (e^w - 1).
+// e_t (e^w - 1). NKD: zh_t is to the teacher what zh is to the student. logit_mse: m is the sum of s - t, zs that of its squares.
 template <class V>
-struct Part { V zs, zt, m, zh, entropy; };
+struct Part { V zs, zt, m, zh, entropy, zh_t; };
 
 template <class V>
 inline Part<V> operator+(const Part<V>& x, const Part<V>& y) {
-    return {x.zs + y.zs, x.zt + y.zt, x.m + y.m, x.zh + y.zh, x.entropy + y.entropy};
+    return {x.zs + y.zs, x.zt + y.zt, x.m + y.m, x.zh + y.zh, x.entropy + y.entropy, x.zh_t + y.zh_t};
 }
 
 // A sum over a row, relative to a reference that may change on the way
@@ -49,7 +49,7 @@ public:
 
 template <class V>
 struct Sums {
-    RelativeSum<V> zs, zt, m, zh, entropy;
+    RelativeSum<V> zs, zt, m, zh, entropy, zh_t;
     V top_s = all<V>(-INFINITY), top_t = top_s;             // maxima of the row so far
     V top_w = V{}, top_change = V{};                        // in near form: of |w| and of e_t |e^w - 1|
     bool raised = false;                                    // was the reference changed?
@@ -57,7 +57,8 @@ struct Sums {
     template <int kSweep, bool kCE>
     void carry(const Part<V>& p) {
         if (kSweep != only_cross_entropy) { zs.carry(p.zs); zt.carry(p.zt); m.carry(p.m); }
-        if (kSweep == KDLAB_SOFT_CROSS_ENTROPY) entropy.carry(p.entropy);
+        if (kSweep == KDLAB_SOFT_CROSS_ENTROPY || kSweep == KDLAB_NKD) entropy.carry(p.entropy);
+        if (kSweep == KDLAB_NKD) zh_t.carry(p.zh_t);
         if (kCE) zh.carry(p.zh);
     }
 };
@@ -89,8 +90,9 @@ inline void give_pair(E* p, V x, V y, bool past_cache) {
 // kSweep is the divergence, or another that needs the same sums: the forward KL for total variation, JSD for a mixture.
 template <int kSweep, bool kCE, class E>
 class WideRows {
-    static constexpr bool kKL = kSweep != only_cross_entropy, kReverse = kSweep == KDLAB_REVERSE_KL;
-    static constexpr bool kSoftCE = kSweep == KDLAB_SOFT_CROSS_ENTROPY, kLabel = kSweep == KDLAB_DKD;
+    static constexpr bool kKL = kSweep != only_cross_entropy && kSweep != KDLAB_LOGIT_MSE, kReverse = kSweep == KDLAB_REVERSE_KL;
+    static constexpr bool kSoftCE = kSweep == KDLAB_SOFT_CROSS_ENTROPY, kLabel = kSweep == KDLAB_DKD || kSweep == KDLAB_NKD;
+    static constexpr bool kNKD = kSweep == KDLAB_NKD, kMSE = kSweep == KDLAB_LOGIT_MSE;
     static constexpr bool kForward = kSweep == KDLAB_FORWARD_KL || kSoftCE;
     typedef VecOf<E> V;
     typedef Real<V> R;
@@ -100,7 +102,7 @@ class WideRows {
     const int64_t cols, padded, end;
     const Temperature<V> temperature, one{1.0};
     Scratch<V> x;
-    static constexpr int most_e = 4;                        // the largest exponential
+    double largest;                                         // the value of a mixture
     R margin;                                               // by how much a row may exceed its reference, so that it is
     struct Reference { R s, t; } *references;               // of each step along the row
     // Logits are prefetched into the first cache, or the second: faster by a tenth where that holds the scratch as well,
@@ -112,7 +114,7 @@ class WideRows {
     Row<E> row_at(int64_t r) const {
         Row<E> row = {};
         row.s = static_cast<const E*>(job.student) + r * job.student_stride;
-        row.t = kKL ? static_cast<const E*>(job.teacher) + r * job.teacher_stride : row.s;
+        row.t = kKL || kMSE ? static_cast<const E*>(job.teacher) + r * job.teacher_stride : row.s;
         row.grad = job.grad ? static_cast<E*>(job.grad) + r * cols : nullptr;
         if (kLabel) row.label = job.target[r];
         first_references(row);
@@ -160,15 +162,8 @@ class WideRows {
         return max_of(farthest) < most && std::isfinite(row.apart);
     }
 
-    // A vector without the label's class, if the divergence sets it apart and it lies in this vector
-    static V hidden(V v, int64_t label, V nothing) {
-        if (!kLabel || static_cast<uint64_t>(label) >= static_cast<uint64_t>(lanes<V>)) return v;
-        R x[lanes<V>], without[lanes<V>];
-        store(x, v);
-        store(without, nothing);
-        x[label] = without[label];
-        return load(x);
-    }
+    // A vector without the label's class, if the divergence sets it apart
+    static V hidden(V v, int64_t label, V nothing) { return kLabel ? without(label, v, nothing) : v; }
 
     // From now on the maxima so far are the references.
     template <bool kNear>
@@ -186,6 +181,7 @@ class WideRows {
             z.entropy.replace((z.entropy.total() - up_t * zt) * fall_t);
             z.zt.replace(zt * fall_t);
             z.zs.replace(zs * fall_s);
+            if (kNKD) z.zh_t.replace(z.zh_t.total() * std::exp(-up_t));
         }
         if (kCE) z.zh.replace(z.zh.total() * std::exp(-up_s));
     }
@@ -239,7 +235,7 @@ class WideRows {
         const Scratch<V> x = this->x;
         const Temperature<V> T = temperature;
         const Factors<V> f = factors;
-        const V none_s = nothing_to(row.from_s), none_t = nothing_to(row.from_t);
+        const V none_s = nothing_to(row.from_s), none_t = nothing_to(kMSE ? row.from_s : row.from_t);
         const bool past_cache = job.stream;
         const bool second_cache = this->second_cache;
         const V apart = all<V>(row.apart), inverse_T = all<V>(R(1 / job.T));
@@ -270,15 +266,26 @@ class WideRows {
                 } else {
                     p.m = fma(et, b - a, p.m);
                 }
-                if (kSoftCE) p.entropy = fma(et, b, p.entropy);
+                if (kSoftCE || kNKD) p.entropy = fma(et, b, p.entropy);
                 store(x.es + i, es);
                 store(x.et + i, et);
+            }
+            if (kMSE) {
+                V d = s - t;
+                store(x.es + i, d);
+                p.zs = fma(d, d, p.zs);
+                p.m = p.m + d;
             }
             if (kCE) {
                 V h = kPower ? load(x.es + i) : quick_exp(a, one);
                 for (int k = kPower; k > 1; k /= 2) h = h * h;
                 store(x.h + i, h);
                 p.zh = p.zh + h;
+                if (kNKD) {
+                    V h_t = kPower ? load(x.et + i) : quick_exp(t - from_t, one);
+                    for (int k = kPower; k > 1; k /= 2) h_t = h_t * h_t;
+                    p.zh_t = p.zh_t + h_t;
+                }
             }
         };
         constexpr int64_t L = lanes<V>;
@@ -289,7 +296,7 @@ class WideRows {
             V s[2], t[2] = {};
             load_pair(row_s + i, s[0], s[1]);
             ask_ahead(row_s + i, second_cache);
-            if (kKL) {
+            if (kKL || kMSE) {
                 load_pair(row_t + i, t[0], t[1]);
                 ask_ahead(row_t + i, second_cache);
             }
@@ -329,7 +336,8 @@ class WideRows {
     static V nothing_to(R from) { return all<V>(from > Scalar<V>::lowest / 2 ? Scalar<V>::lowest : R(-INFINITY)); }
 
     static V gradient_at(const Scratch<V>& x, int64_t i, const Factors<V>& f) {
-        return fast_gradient<kKL, kCE>(load(x.es + i), load(x.et + i), load(x.h + i), f);
+        if constexpr (kMSE) return kCE ? fma(load(x.h + i), f.h, load(x.es + i) * f.s) : load(x.es + i) * f.s;
+        else return fast_gradient<kKL, kCE>(load(x.es + i), load(x.et + i), load(x.h + i), f);
     }
 
     // Exponentials and sums of `row`, and the gradient of the row before if there is one
@@ -343,7 +351,7 @@ class WideRows {
             const V top_change = z.top_change;
             Part<V> p = grad ? part<true, kNear, kPower>(row, grad, f, begin, end, z)
                              : part<false, kNear, kPower>(row, grad, f, begin, end, z);
-            if (max_of(max(z.top_s - row.from_s, z.top_t - row.from_t)) > margin) {
+            if ((kKL || kCE) && max_of(max(z.top_s - row.from_s, z.top_t - row.from_t)) > margin) {
                 raised = true;
                 z.top_change = top_change;                  // this part counts anew
                 raise_references<kNear>(row, z);
@@ -358,7 +366,7 @@ class WideRows {
     }
 
     Sums<V> ordinary_sweep(Row<E>& row, E* grad, const Factors<V>& f) const {
-        if constexpr (kCE && kSweep == KDLAB_FORWARD_KL) {
+        if constexpr (kCE && (kSweep == KDLAB_FORWARD_KL || kNKD)) {
             if (job.T == 1) return sweep<false, 1>(row, grad, f);
             if (job.T == 2) return sweep<false, 2>(row, grad, f);
             if (job.T == 4) return sweep<false, 4>(row, grad, f);
@@ -485,15 +493,80 @@ class WideRows {
                 l_s = l_t + D;
             }
         }
-        const Coin tckd = toss<R>(l_s, l_t, D);
-        const double of_label = job.mix * tckd.slope, at_label = g * of_label;
+        if (kNKD) nckd += FamilyRows<KDLAB_SOFT_CROSS_ENTROPY, V>(job, temperature, x)
+                              .entropy_of(real(row), max_of(z.top_t), z.entropy.total(), zt, excludes, row.label);
+        const bool excluded = s == -INFINITY && t > -INFINITY;                    // then NKD has no end, however small p_y is
+        const Coin tckd = kNKD ? Coin{excluded ? INFINITY : 0, s < INFINITY && t < INFINITY ? 0 : NAN} : toss<R>(l_s, l_t, D);
+        const double alpha = kNKD ? 1 : job.mix, of_label = alpha * tckd.slope, at_label = g * of_label;
         const double of_s = close ? g * (job.others - of_label) / (1 + M) : g * (job.others - of_label) / zs;
         const double of_t = close ? g * (job.others * M + of_label) / (1 + M) / zt : g * job.others / zt;
         f.s = all<V>(R(of_s));
         f.t = all<V>(R(of_t));
         if (std::fabs(of_s) > std::fabs(of_t)) es = R(at_label / of_s);
         else if (of_t != 0) et = R(-at_label / of_t);
-        return job.mix * tckd.value + job.others * nckd;
+        return alpha * tckd.value + alpha * tckd.slope * 0 + job.others * nckd;
+    }
+
+    // The teacher's, at T = 1, from the sum over the other classes
+    double probability_of_label(const Row<E>& row, double others) const {
+        const double t = double(to_real(row.t[row.label])), odds = double(row.from_t) - t + std::log(others);
+        return others == 0 ? 1 : t < INFINITY ? 1 / (1 + std::exp(odds)) : NAN;
+    }
+
+    // Sum of the squares of s - t, or of what is left of that without its mean; leaves the differences in the place of e_s.
+    double squares(const Row<E>& row, const Sums<V>& z, double g, Factors<V>& f) const {
+        const double sum = z.zs.total();
+        f.s = all<V>(R(g));
+        if (!std::isfinite(sum)) return infinite_squares(row);
+        if (job.mix == 0) return sum;
+        const double mean = z.m.total() / cols;
+        const V high = all<V>(R(mean)), rest = all<V>(R(mean - double(R(mean)))), none = V{};
+        RowSum<V> left, square;                             // what is left has its own mean, of rounding errors
+        auto one = [&](V s, V t, int64_t i) {
+            const Difference<V> d(s, t);
+            V y = (d.difference - high) + (d.error - rest);
+            store(x.es + i, y);
+            return y;
+        };
+        along_row<V>(cols, [&](int64_t i) { left.add(one(load(row.s + i), load(row.t + i), i)); },
+            [&](int64_t i, int n) {
+                one(load_part(row.s + i, n, none), load_part(row.t + i, n, none), i);
+                left.add(load_part(x.es + i, n, none));
+            }, [&] { left.carry(); });
+        const V shift = all<V>(R(left.total() / cols));
+        auto centre = [&](int64_t i, int n) {
+            V y = load(x.es + i) - shift;
+            store(x.es + i, y);
+            if (n < lanes<V>) y = load_part(x.es + i, n, none);
+            square.add(y * y);
+        };
+        along_row<V>(cols, [&](int64_t i) { centre(i, lanes<V>); }, [&](int64_t i, int n) { centre(i, n); }, [&] { square.carry(); });
+        return square.total();
+    }
+
+    // The same, one class at a time, where a class is at -inf. One that both exclude is not there.
+    KDLAB_OUT_OF_LINE double infinite_squares(const Row<E>& row) const {
+        auto at = [&](const E* p, int64_t i) { return double(to_real(p[i])); };
+        auto absent = [&](int64_t i) { return at(row.s, i) == -INFINITY && at(row.t, i) == -INFINITY; };
+        auto one_sided = [&](int64_t i) { return (at(row.s, i) == -INFINITY) != (at(row.t, i) == -INFINITY); };
+        double mean = 0, sum = 0, left = 0;
+        int64_t n = 0;
+        for (int64_t i = 0; i < cols; ++i) {
+            if (absent(i)) continue;
+            ++n;
+            if (!one_sided(i)) mean += at(row.s, i) - at(row.t, i);
+        }
+        mean = job.mix == 0 || n == 0 ? 0 : mean / n;
+        for (int64_t i = 0; i < cols; ++i) {
+            const double d = absent(i) ? 0 : at(row.s, i) - at(row.t, i) - mean;
+            sum += d * d;
+            left += d;
+            x.es[i] = R(d);
+        }
+        if (job.mix != 0)                                   // the mean's own part in the gradient; it is 0 but for infinite rows
+            for (int64_t i = 0; i < cols; ++i)
+                if (!absent(i) && !one_sided(i)) x.es[i] -= R(left / n);
+        return sum;
     }
 
     // The row's logits in the precision of the arithmetic, copied if they are not
@@ -512,12 +585,12 @@ class WideRows {
     }
 
     double family(const RealRow<V>& row, const RowSums<V>& z, double g, Factors<V>& f) const {
-        if constexpr (kReverse) return FamilyRows<KDLAB_REVERSE_KL, V>(job, temperature, x).value(row, z, g, f);
+        if constexpr (kReverse) return FamilyRows<KDLAB_REVERSE_KL, V>(job, temperature, x, largest).value(row, z, g, f);
         switch (job.kind) {
-            case KDLAB_JSD: return FamilyRows<KDLAB_JSD, V>(job, temperature, x).value(row, z, g, f);
-            case KDLAB_SKEW_KL: return FamilyRows<KDLAB_SKEW_KL, V>(job, temperature, x).value(row, z, g, f);
-            case KDLAB_SKEW_REVERSE_KL: return FamilyRows<KDLAB_SKEW_REVERSE_KL, V>(job, temperature, x).value(row, z, g, f);
-            default: return FamilyRows<KDLAB_TOTAL_VARIATION, V>(job, temperature, x).value(row, z, g, f);
+            case KDLAB_JSD: return FamilyRows<KDLAB_JSD, V>(job, temperature, x, largest).value(row, z, g, f);
+            case KDLAB_SKEW_KL: return FamilyRows<KDLAB_SKEW_KL, V>(job, temperature, x, largest).value(row, z, g, f);
+            case KDLAB_SKEW_REVERSE_KL: return FamilyRows<KDLAB_SKEW_REVERSE_KL, V>(job, temperature, x, largest).value(row, z, g, f);
+            default: return FamilyRows<KDLAB_TOTAL_VARIATION, V>(job, temperature, x, largest).value(row, z, g, f);
         }
     }
 
@@ -548,7 +621,7 @@ class WideRows {
             return row_is_fine ? INFINITY : NAN;
         }
         const double m = excludes && !kReverse ? sum_of_differences(row) : summed;
-        return family(real(row), {zs, zt, m, max_of(z.top_s), max_of(z.top_t), z.raised || excludes}, g, f);
+        return family(real(row), {zs, zt, m, z.top_s, z.top_t, z.raised || excludes}, g, f);
     }
 
     // CE with label y. Leaves h_y - Z_h in the place of h_y, so that the gradient is h / Z_h everywhere; from the other
@@ -579,8 +652,9 @@ public:
         : job(j), cols(j.cols), padded((cols + 15) / 16 * 16), end(stop), temperature(j.T),
           second_cache(sizeof(E) > 2 && cols >= 4096 && cols * sizeof(E) <= 256 << 10) {
         R* m = static_cast<R*>(memory);
-        x = {m, kKL ? m + padded : m, kCE && kKL ? m + 2 * padded : m};
+        x = {m, kKL ? m + padded : m, kCE && (kKL || kMSE) ? m + 2 * padded : m};
         references = reinterpret_cast<Reference*>(m + (sizeof(E) < sizeof(R) ? 5 : 3) * padded);
+        largest = is_mixture(kSweep) ? most_apart(job.kind, job.mix) : 0;
         margin = R(std::log(most_e) * (kCE && job.T > 1 ? 1 : job.T));
     }
 
@@ -594,7 +668,7 @@ public:
             Sums<V> z = near ? sweep<kNears, 0>(row, pending, f) : ordinary_sweep(row, pending, f);
             pending = row.grad;
             const double g = job.grad_scale(r), g_kl = g * job.kl_weight * job.kl_factor / job.T;
-            double kl = 0, ce = 0;
+            double kl = 0, ce = 0, of_label = 0;            // NKD: the teacher's probability of the label, at T = 1
             if constexpr (kNears) {
                 if (near) kl = near_row(row, z, g_kl, f);
                 if (kl != kl) {
@@ -604,12 +678,18 @@ public:
                 }
             }
             if (kCE) {
-                double zh = z.zh.total();
+                double zh = z.zh.total(), weight = job.ce_weight;
                 ce = hard_label(row, job.target[r], zh);
-                f.h = all<V>(R(g * job.ce_weight / zh));
+                if (kNKD) {
+                    of_label = probability_of_label(row, z.zh_t.total());
+                    weight += job.kl_weight * of_label;
+                }
+                f.h = all<V>(R(g * weight / zh));
             }
+            if (kMSE) kl = squares(row, z, 2 * g * job.kl_weight * job.kl_factor, f);
             if constexpr (kKL)
                 if (!near) kl = divergence(row, z, g_kl, f);
+            if (kNKD && of_label != 0) kl += of_label * ce / job.kl_factor;
             job.write_row(r, kl, ce);
         }
         if (pending)

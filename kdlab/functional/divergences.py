@@ -30,7 +30,7 @@ def _rows(student, teacher, target, mask, row_weight, dim, detach_teacher):
     if row_weight is not None: check_rows("row_weight", row_weight, student, "float")
     return student, teacher, target, mask, row_weight
 
-# %% ../../nbs/api/functional/02_divergences.ipynb #9af31663
+# %% ../../nbs/api/functional/02_divergences.ipynb #fd256d00
 def question(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor|None, # teacher logits, same shape; None asks for the hard term alone
@@ -44,7 +44,7 @@ def question(
     detach_teacher:bool=True, backend:str="auto",
     kind:str="forward_kl", # the name of the divergence in this module
     mix:float=0.0, # its beta or alpha; for logit_mse 1 to centre
-    others:float=0.0, # beta of dkd
+    others:float=0.0, # beta of dkd, gamma of nkd
 )->tuple[tuple, ops.Question]: # (student, teacher, target, mask, row_weight), and what to compute
     "Check every argument of a loss on rows of logits and put the question that `ops` answers."
     check_reduction(reduction, normalizer)

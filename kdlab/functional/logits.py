@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_no_kernel', 'plain_rows', 'nkd', 'binary_forward_kl', 'standardize']
 
-# %% ../../nbs/api/functional/10_logits.ipynb #cd661e09
+# %% ../../nbs/api/functional/10_logits.ipynb #29fb9d57
 import torch
 from torch import Tensor
 from .. import logit_reference as reference
@@ -13,7 +13,7 @@ from .. import ops
 from ..feature_ops import without_autocast
 from .contract import (
     check_backend, check_logits, check_reduction, check_row_temperature, check_weight, classes_last, pick_target)
-from .divergences import _rows
+from .divergences import _divergence, _rows
 
 # %% ../../nbs/api/functional/10_logits.ipynb #29e47d85
 def check_no_kernel(loss:str, backend:str)->None:
@@ -44,7 +44,7 @@ def plain_rows(
         if valid is not None: rows = rows.masked_fill(~valid, 0)
         return ops.reduce_rows(rows, valid, row_weight, q).to(ops._loss_dtype(student, teacher))
 
-# %% ../../nbs/api/functional/10_logits.ipynb #c613041a
+# %% ../../nbs/api/functional/10_logits.ipynb #fe2e59d4
 def nkd(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -55,7 +55,7 @@ def nkd(
     gamma:float=1.5, # weight of the other classes
     t_squared:bool=True, # multiply the term of the other classes by T²
     dim:int=-1, mask:Tensor|None=None, ignore_index:int=-100, row_weight:Tensor|None=None, reduction:str="mean",
-    normalizer:float|Tensor|None=None, detach_teacher:bool=True, backend:str="auto", # as in `forward_kl`; no kernel
+    normalizer:float|Tensor|None=None, detach_teacher:bool=True, backend:str="auto", # as in `forward_kl`
 )->Tensor: # float32 (float64 for float64 logits), in nats
     """-p_y log q_y - gamma T² sum of p^ log q^ over the other classes, each side normalised without the label's.
 
@@ -65,17 +65,9 @@ def nkd(
     the label's class among the others by mistake (their issue 16); we do as the paper.
     Raises ValueError without labels or for one out of range, TypeError or ValueError for arguments that do not
     match."""
-    check_reduction(reduction, normalizer)
-    check_no_kernel("nkd", backend)
-    check_weight("gamma", gamma)
-    rows = _rows(student, teacher, pick_target(target, labels), mask, row_weight, dim, detach_teacher)
-    check_logits("teacher", teacher)
-    check_row_temperature(T, rows[0])
-    if rows[2] is None: raise ValueError("nkd needs labels, one class index a row: pass target=")
-    ops.refuse_bad_labels(rows[0], rows[2], mask, ignore_index)
-    q = ops.Question(reduction=reduction, normalizer=normalizer, ignore_index=ignore_index)
-    formula = lambda s, t, y, T: reference.stable_nkd(s, t, y, T, gamma, t_squared)
-    return plain_rows(formula, *rows, T, q)
+    return _divergence("nkd", 0., student, teacher, target, labels=labels, T=T, t_squared=t_squared, dim=dim, mask=mask,
+                       ignore_index=ignore_index, row_weight=row_weight, reduction=reduction, normalizer=normalizer,
+                       detach_teacher=detach_teacher, backend=backend, others=check_weight("gamma", gamma))
 
 # %% ../../nbs/api/functional/10_logits.ipynb #43b0570c
 def binary_forward_kl(

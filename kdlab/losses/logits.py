@@ -6,7 +6,7 @@
 __all__ = ['LogitLoss', 'NKD', 'BinaryForwardKL', 'SoftSpearman', 'TeacherFree', 'Standardized', 'RowWeighted',
            'ConfidenceWeighted', 'DifficultyWeighted', 'EntropyWeighted']
 
-# %% ../../nbs/api/losses/10_logits.ipynb #ccd072f4
+# %% ../../nbs/api/losses/10_logits.ipynb #8094641f
 import torch
 from torch import Tensor
 from ..functional import labels as label_functions
@@ -14,6 +14,7 @@ from ..functional import logits as functions
 from ..functional import ranking, row_weights
 from ..functional.contract import (
     check_pair, check_reduction, check_rows, check_weight, classes_last, is_soft_target, pick_target)
+from .divergences import Divergence
 from .objective import Loss, Number, Part, check_temperature, live, shown
 
 # %% ../../nbs/api/losses/10_logits.ipynb #e580284e
@@ -43,13 +44,12 @@ class LogitLoss(Loss):
             rows = self.function(student, teacher, target, labels=labels, mask=mask, reduction="none", **self.options())
         return {self.term: Part(1., rows)}
 
-# %% ../../nbs/api/losses/10_logits.ipynb #48624a2e
-class NKD(LogitLoss):
+# %% ../../nbs/api/losses/10_logits.ipynb #157f523e
+class NKD(Divergence):
     """Normalised KD: the label's term, plus gamma · T² · that of the other classes; see `kdlab.functional.nkd`.
 
     It needs labels: called as `(student, teacher, target)`."""
-    term, function, needs_labels = "nkd", staticmethod(functions.nkd), True
-    T = Number()
+    term, needs_labels = "nkd", True
 
     def __init__(self,
         T:float=4.0, # temperature of the other classes, > 0
@@ -60,14 +60,14 @@ class NKD(LogitLoss):
         ignore_index:int=-100, # rows with this label count in no term
         reduction:str="mean", # mean, sum or none
         detach_teacher:bool=True, # False lets gradients into the teacher
-        backend:str="auto", # auto or torch: there is no kernel
+        backend:str="auto", # auto, torch or cpp: there is no CUDA kernel
     ):
-        super().__init__(dim, ignore_index, reduction, detach_teacher, backend)
-        check_temperature(T)
-        self.T, self.gamma, self.t_squared = T, check_weight("gamma", gamma), t_squared
+        super().__init__(T, t_squared=t_squared, dim=dim, ignore_index=ignore_index, reduction=reduction,
+                         detach_teacher=detach_teacher, backend=backend)
+        self.gamma = check_weight("gamma", gamma)
 
-    def options(self):
-        return super().options() | {"T": live(self, "T"), "gamma": self.gamma, "t_squared": self.t_squared}
+    @property
+    def others(self)->float: return check_weight("gamma", self.gamma)
 
     def extra_repr(self):
         return f"T={shown(self.T):g}, gamma={self.gamma:g}" + ("" if self.t_squared else ", t_squared=False")

@@ -105,6 +105,51 @@ SoftResult decoupled(const std::vector<double>& s, const std::vector<double>& t,
     return r;
 }
 
+// logit_mse of a row, and its gradient
+SoftResult squares(const std::vector<double>& s, const std::vector<double>& t, bool center) {
+    SoftResult r{{0, std::vector<double>(s.size(), 0.0)}, 0};
+    double n = 0, mean = 0, left = 0;
+    auto absent = [&](size_t i) { return s[i] == -INFINITY && t[i] == -INFINITY; };
+    auto one_sided = [&](size_t i) { return (s[i] == -INFINITY) != (t[i] == -INFINITY); };
+    for (size_t i = 0; i < s.size(); ++i) {
+        n += !absent(i);
+        if (!absent(i) && !one_sided(i)) mean += s[i] - t[i];
+    }
+    mean = center && n > 0 ? mean / n : 0;
+    for (size_t i = 0; i < s.size(); ++i) {
+        const double d = absent(i) ? 0 : s[i] - t[i] - mean;
+        r.value += d * d;
+        left += d;
+        r.grad[i] = 2 * d;
+    }
+    if (center && !std::isfinite(r.value))
+        for (size_t i = 0; i < s.size(); ++i) if (!absent(i) && !one_sided(i)) r.grad[i] -= 2 * left / n;
+    return r;
+}
+
+// NKD of a row, and its gradient; the label's term has neither T nor its square
+SoftResult normalised(const std::vector<double>& s, const std::vector<double>& t, double T, double gamma, int64_t y, double square) {
+    SoftResult r = decoupled(s, t, T, 0, 0, y);                                       // NaN where it must be
+    std::vector<double> s_others = s, t_others = t;
+    s_others.erase(s_others.begin() + y);
+    t_others.erase(t_others.begin() + y);
+    const double l_s = log_odds(s[y], s_others, 1), p = std::exp(-softplus(-log_odds(t[y], t_others, 1)));
+    if (none(s_others) && none(t_others)) return r;
+    const SoftResult others = soft(s_others, t_others, T, KDLAB_SOFT_CROSS_ENTROPY, 0);
+    std::vector<double> lq = log_softmax(s, 1);
+    r.value = (p == 0 ? 0 : p * softplus(-l_s) / square) + gamma * others.value;
+    const bool spoilt = std::isnan(p + others.value) || std::isnan(l_s);
+    if (s[y] == -INFINITY && t[y] > -INFINITY) r.value = INFINITY;                      // however small p is
+    if (spoilt) r.value = NAN;
+    for (size_t i = 0; i < s.size(); ++i) {
+        const bool own = static_cast<int64_t>(i) == y;
+        r.grad[i] = p / square * (own ? -std::exp(-softplus(l_s)) : std::exp(lq[i]));
+        if (!own) r.grad[i] += gamma * others.grad[i - (static_cast<int64_t>(i) > y)];
+        if (spoilt) r.grad[i] = NAN;
+    }
+    return r;
+}
+
 RowResult hard(const std::vector<double>& s, int64_t y) {
     std::vector<double> lq = log_softmax(s, 1);
     RowResult r{-lq[y], std::vector<double>(s.size())};
@@ -137,10 +182,12 @@ void once(Random& r, const char* isa) {
     a.reduction = static_cast<int>(pick(r, 3));
     a.normalizer = chance(r, .3) ? 7 : NAN;
     a.ignore_index = -100;
-    a.kind = static_cast<int>(pick(r, 8));
+    a.kind = static_cast<int>(pick(r, 10));
     a.mix = chance(r, .1) ? 0 : chance(r, .1) ? 1 : chance(r, .3) ? .5 : std::uniform_real_distribution<>(0, 1)(r);
     a.others = std::uniform_real_distribution<>(0, 3)(r);
-    const bool dkd = a.kind == KDLAB_DKD && a.kl_weight != 0;
+    const bool dkd = a.kind == KDLAB_DKD && a.kl_weight != 0, nkd = a.kind == KDLAB_NKD && a.kl_weight != 0;
+    const bool mse = a.kind == KDLAB_LOGIT_MSE;
+    if (mse) a.T = a.kl_factor = 1, a.mix = chance(r, .5);
     const bool jsd = a.kind == KDLAB_JSD, skew = a.kind == KDLAB_SKEW_KL, skew_reverse = a.kind == KDLAB_SKEW_REVERSE_KL;
     int kind = a.kind;                                 // what it is at the ends
     if ((jsd && a.mix == 0) || (skew && a.mix == 0)) kind = KDLAB_FORWARD_KL;
@@ -174,7 +221,7 @@ void once(Random& r, const char* isa) {
     for (int64_t i = 0; i < a.rows; ++i) row_weight.set(i, 0.5 + std::fabs(normal(r)));
     for (int64_t i = 0; i < outs; ++i) grad_in.set(i, normal(r));
 
-    const bool weighted = chance(r, .3), scaled = chance(r, .3), masked = chance(r, .4), labelled = a.ce_weight != 0 || dkd || chance(r, .3);
+    const bool weighted = chance(r, .3), scaled = chance(r, .3), masked = chance(r, .4), labelled = a.ce_weight != 0 || dkd || nkd || chance(r, .3);
     a.student = s.bytes.get();
     a.teacher = a.kl_weight != 0 ? t.bytes.get() : nullptr;
     a.target = labelled ? target.data() : nullptr;
@@ -215,6 +262,8 @@ void once(Random& r, const char* isa) {
         RowResult c = k;
         const bool count = counts(i);
         if (count && a.cols && dkd) k = decoupled(zs, zt, a.T, a.mix, a.others, target[i]);
+        else if (count && a.cols && nkd) k = normalised(zs, zt, a.T, a.others, target[i], a.kl_factor);
+        else if (count && a.cols && mse && a.kl_weight != 0) k = squares(zs, zt, a.mix != 0);
         else if (count && a.cols && a.kl_weight != 0) k = soft(zs, zt, a.T, kind, a.mix);
         if (count && a.cols && a.ce_weight != 0) c = hard(zs, target[i]);
         double w = weighted ? row_weight.get(i) : 1, v = 0, far = 1 / a.T;
@@ -222,13 +271,15 @@ void once(Random& r, const char* isa) {
         if (a.ce_weight != 0) v += a.ce_weight * c.value;
         for (double z : zs) if (std::isfinite(z)) far = std::fmax(far, std::fabs(z) / a.T);
         for (double z : zt) if (std::isfinite(z)) far = std::fmax(far, std::fabs(z) / a.T);
-        const double parts = dkd ? a.mix + a.others : 1;
+        double parts = dkd ? a.mix + a.others : nkd ? a.others + 1 / a.kl_factor : 1, steepest = 0;
+        for (double z : k.grad) if (mse && std::isfinite(z)) steepest = std::fmax(steepest, std::fabs(z));
+        if (mse && std::isfinite(k.value)) parts = k.value;
         const double slack = eps * w * (a.kl_factor * parts * (1 + far) + 1 + far * a.T);
         total += w * v;
         size += slack;
         if (a.reduction == KDLAB_NONE && !same(out.get(i), w * v, slack)) fail(a, isa, "row", i, 0, out.get(i), w * v);
         double g = (scaled ? grad_in.get(a.reduction == KDLAB_NONE ? i : 0) : 1) * (count ? w : 0) / denominator;
-        const double steep = kind == KDLAB_FORWARD_KL || kind == KDLAB_SOFT_CROSS_ENTROPY ? 1 : dkd ? parts : 1 + far;
+        const double steep = kind == KDLAB_FORWARD_KL || kind == KDLAB_SOFT_CROSS_ENTROPY ? 1 : dkd ? parts : nkd ? parts * std::fmax(1, a.T) : mse ? steepest : 1 + far;
         const double limit = std::fabs(g) * (a.kl_weight * a.kl_factor / a.T * steep + a.ce_weight);
         const double unsure = std::fabs(g) * a.kl_weight * a.kl_factor / a.T * 2 * k.unsure;
         for (int64_t j = 0; j < a.cols; ++j) {
