@@ -335,7 +335,7 @@ def _on_gpu(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|
         found.append(_careful(rows.at(slice(i, i + step)), form, None if grad is None else grad[i:i + step]))
     return tuple(None if x[0] is None else torch.cat(x) for x in zip(*found))
 
-# %% ../nbs/api/02_closed_forms.ipynb #e6f39eab
+# %% ../nbs/api/02_closed_forms.ipynb #cf003d6f
 def rows_and_gradient(
     rows:Rows, # at least one row and one class
     kind:str, # one of KINDS
@@ -347,7 +347,8 @@ def rows_and_gradient(
 
     On the CPU both are good to 1e-6 of the float64 result (gradients: of the row's largest), as the kernels' are. On a GPU
     no value is looked at, and everything is done by the careful form in float32 (float64 for float64 logits), with sums in
-    float64 but on Apple's, which has none."""
+    float64 but on Apple's, which has none: losses are good to 2e-6 then, gradients to 5e-6, and total variation's slope has
+    either sign where p and q agree in float32."""
     on_cpu = rows.student.device.type == "cpu"
     form = _first_form(rows, kind, mix, result)
     if not on_cpu: form = form._replace(dtype=result)
