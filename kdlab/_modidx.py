@@ -2154,6 +2154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kdlab.relation_ops._dist_backward': ('api/relation_ops.html#_dist_backward', 'kdlab/relation_ops.py'),
                                     'kdlab.relation_ops._dist_setup': ('api/relation_ops.html#_dist_setup', 'kdlab/relation_ops.py'),
                                     'kdlab.relation_ops._gram_backward': ('api/relation_ops.html#_gram_backward', 'kdlab/relation_ops.py'),
+                                    'kdlab.relation_ops._has_vectors': ('api/relation_ops.html#_has_vectors', 'kdlab/relation_ops.py'),
                                     'kdlab.relation_ops._pieces': ('api/relation_ops.html#_pieces', 'kdlab/relation_ops.py'),
                                     'kdlab.relation_ops._product': ('api/relation_ops.html#_product', 'kdlab/relation_ops.py'),
                                     'kdlab.relation_ops._rid': ('api/relation_ops.html#_rid', 'kdlab/relation_ops.py'),

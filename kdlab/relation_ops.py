@@ -196,12 +196,17 @@ def rkd_angle_kernel(G:Tensor, H:Tensor, keep:Tensor|None)->Tensor:
 
 KERNELS = {"rkd_angle": rkd_angle_kernel}
 
-# %% ../nbs/api/03_relation_ops.ipynb #d52971cf
+# %% ../nbs/api/03_relation_ops.ipynb #5887ca61
+@torch.compiler.assume_constant_result
+def _has_vectors()->bool:
+    "Does the core have more than its portable products, which are slower than the vendor's?"
+    return ops._C.info()["isa"] != "base"
+
 def relation(student:Tensor, teacher:Tensor, keep:Tensor|None, losses:dict[str, float], backend:str="auto")->Tensor:
     "The weighted sum of losses that share their Gram matrices."
     names = list(losses)
     chosen = choose_features(backend, student, teacher)
-    core = chosen == "cpp" and (ops.wanted(backend) == "cpp" or ops._C.info()["isa"] != "base")
+    core = chosen == "cpp" and (ops.wanted(backend) == "cpp" or _has_vectors())
     with without_autocast(student):
         G, H = grams(student, teacher, keep, names[0], core)
         total = 0

@@ -46,7 +46,8 @@ def test_what_the_probes_find(script):
     assert yes("couples") == {"DIST"} and yes("none") == set(found) - {"DIST"}
     assert yes("labels") == {"NKD", "CrossEntropy", "TeacherFree"} and yes("teacher") == set(found) - {"CrossEntropy", "TeacherFree"}
     assert yes("zero") == set(found) - {"NKD", "CrossEntropy", "TeacherFree"} and found["SoftKL"]["square"] == "T = 4"
-    assert not found["LogitMSE"]["square"] and not found["NKD"]["kernel"] and found["ForwardKL"]["kernel"]
+    assert not found["LogitMSE"]["square"] and found["NKD"]["kernel"] and found["ForwardKL"]["kernel"]
+    assert not script.properties(kd.SoftSpearman)["kernel"]
 
 
 def test_papers_and_differences_are_read_from_docstrings(script):

@@ -245,7 +245,8 @@ KDLAB_BOTH R slope_of(const Pair<R>& x, R mix) {
     switch (kKind) {
         case KDLAB_REVERSE_KL: return x.v;                              // log(q / p)
         case KDLAB_JSD: return rest * log_over_mix<kClose>(x.p, x.q, x.v, mix);
-        case KDLAB_SKEW_KL: return rest * rest * ratio(x.d, fused(rest, x.d, x.p));
+        case KDLAB_SKEW_KL:                         // with alpha = 1 it is 0, also where p is
+            return rest == 0 ? rest * x.d : rest * rest * ratio(x.d, fused(rest, x.d, x.p));
         case KDLAB_SKEW_REVERSE_KL:                 // log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p
             return log_over_mix<kClose>(x.p, x.q, x.v, rest) - mix * rest * ratio(x.d, fused(mix, x.d, x.p));
         case KDLAB_TOTAL_VARIATION: return x.d > 0 ? R(0.5) : x.d < 0 ? R(-0.5) : x.d;  // NaN stays

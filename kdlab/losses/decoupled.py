@@ -11,7 +11,7 @@ from ..functional.contract import check_weight
 from .divergences import Divergence
 from .objective import Part, shown
 
-# %% ../../nbs/api/losses/11_decoupled.ipynb #1b6b7be0
+# %% ../../nbs/api/losses/11_decoupled.ipynb #bdf41e21
 class DKD(Divergence):
     """Decoupled KD: T² * (alpha * TCKD + beta * NCKD); see `kdlab.functional.dkd`.
 
@@ -47,9 +47,7 @@ class DKD(Divergence):
                                    mask=mask, ignore_index=self.ignore_index)
         return {"tckd": Part(self.alpha, rows[0]), "nckd": Part(self.beta, rows[1])}
 
-    def extra_repr(self):
-        T, *rest = super().extra_repr().split(", ")
-        return ", ".join([T, f"alpha={self.alpha:g}", f"beta={self.beta:g}", *rest])
+    def extra_repr(self): return f"alpha={self.alpha:g}, beta={self.beta:g}, {super().extra_repr()}"
 
     def equation(self)->str:
         "The loss as it is written on paper."
