@@ -124,7 +124,7 @@ template <class V>
 inline Logs<V> logs_of(V x) {
     typedef typename Scalar<V>::Int Int;
     constexpr int n = Scalar<V>::log_terms;
-    const V y = x + Real<V>(1);
+    const V y = max(x + Real<V>(1), V{});                       // a lane that is not wanted may hold less: no overflow
     const Int i = same_bits<Int>(y), e = (i - Scalar<V>::sqrt_half) >> Scalar<V>::mantissa;
     const V m = same_bits<V>(i - (e << Scalar<V>::mantissa));   // y = m 2^e with sqrt(1/2) <= m < sqrt(2)
     const V whole = to_float(e), none = V{}, z = whole == none ? x : m - Real<V>(1);
