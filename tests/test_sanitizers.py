@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-ignored-attributes",
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-ignored-attributes",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SECONDS = os.environ.get("KDLAB_FUZZ_SECONDS", "10")
 
