@@ -55,8 +55,10 @@ const Kernels* choose_at_load() {
 
 std::atomic<const Kernels*> current{choose_at_load()};
 
+// Does the CPU itself round to bfloat16? KDLAB_BF16=0 does without, as on those that cannot.
 #ifdef KDLAB_X86_KERNELS
-const bool has_bf16 = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16"));
+const bool has_bf16 = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16")) &&
+                      !(std::getenv("KDLAB_BF16") && !std::strcmp(std::getenv("KDLAB_BF16"), "0"));
 #else
 const bool has_bf16 = false;
 #endif
