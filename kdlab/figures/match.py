@@ -11,8 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from . import stored
-from .kit import (HATCH, INK, blues, check_labels, class_axis, grey_image, interval, layout, seed_band, series,
-                               shorten, to_numpy)
+from .kit import (HATCH, INK, blues, check_labels, class_axis, compose, grey_image, interval, layout,
+                               seed_band, series, shorten, to_numpy)
 
 # %% ../../nbs/api/figures/23_match.ipynb #038b62d4
 def linear_cka(
@@ -214,8 +214,8 @@ def match_figure(
     reach = 1.08 * max(np.abs(teacher).max(), np.abs(student).max(), 1e-9)
     legend = dict(x=0.98, y=0.6, xanchor="right", yanchor="bottom", font_size=15, bgcolor="rgba(0,0,0,0)")
     margin = dict(l=60 + 8 * max(3, *(len(_end(n)) for n in layers[0])), r=16, t=40, b=20)
-    return go.Figure(traces, layout(760, titles, margin=margin, shapes=[frame], legend=legend, showlegend=True,
-                                    **_axes(layers, moments, reach)))
+    return compose(traces, layout(760, titles, margin=margin, shapes=[frame], legend=legend, showlegend=True,
+                                  **_axes(layers, moments, reach)))
 
 # %% ../../nbs/api/figures/23_match.ipynb #ae4a7607
 def match_sentence(

@@ -94,7 +94,7 @@ export default () => {
 };
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #61ce7122
+# %% ../../nbs/api/widgets/00_kit.ipynb #d9b6bccb
 class _SharedFigure(go.FigureWidget):
     "A plotly `FigureWidget` that shares the bundle and whose state is always that of the live figure."
     _esm = _LOADER
@@ -120,6 +120,11 @@ class _SharedFigure(go.FigureWidget):
             state.update(_widget_data=now["data"], _widget_layout=now["layout"])
         return state
 
+    def _should_send_property(self, key, value):
+        # a number of edits is for replies that `_QUIET_JS` keeps back, and an edit is not taken back
+        spent = value is None and key.startswith("_py2js_")
+        return not spent and not key.endswith("_edit_id") and super()._should_send_property(key, value)
+
     def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None):
         # plotly marks "leave as it is" by a sentinel, which its front end writes into the data that later views show
         traces = self._normalize_trace_indexes(trace_indexes)
@@ -140,23 +145,38 @@ def _can_share() -> bool:
 KDFigure = _SharedFigure if _can_share() else go.FigureWidget
 "The live figure of kdlab: a `plotly.graph_objects.FigureWidget` in use, lighter in the page."
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #0e7f6910
+# %% ../../nbs/api/widgets/00_kit.ipynb #8f3fc388
+def _put(tree, path, value):
+    "Set the property at a path such as 'marker.color'; None takes it away."
+    *above, name = path.split(".")
+    for key in above:
+        tree = tree.setdefault(key, {})
+    if value is None:
+        tree.pop(name, None)
+    else:
+        tree[name] = value
+
+
 def show(
     live:go.FigureWidget,  # the figure on screen
-    new:go.Figure,  # the figure that it should be
+    new:go.Figure | dict,  # the figure that it should be, or a sketch of it
 ) -> None:
     "Turn `live` into `new` with one update message, or none if they are equal."
-    if [t.type for t in live.data] != [t.type for t in new.data]:
+    new = new if isinstance(new, dict) else figures.plain(new.to_plotly_json())
+    old, live._shown = getattr(live, "_shown", None), new
+    if old is None or [t["type"] for t in old["data"]] != [t["type"] for t in new["data"]]:
         live.data = ()
-        live.layout = new.layout
-        live.add_traces(new.data)
+        live.layout = new["layout"]
+        live.add_traces(new["data"])
         return
-    new = new.to_plotly_json()
-    data, frame = figures.changes(live.to_plotly_json(), new)
-    after = {i: dict.fromkeys(data[i]) | figures.flat(new["data"][i]) for i in data}  # None: gone
+    data, frame = figures.changes(old, new)
+    after = {i: figures.flat(new["data"][i]) for i in data}
     paths = dict.fromkeys(path for edits in data.values() for path in edits)
     if paths or frame:
-        live.plotly_update({path: [after[i].get(path, Undefined) for i in data] for path in paths}, frame, list(data))
+        live._send_update_msg({path: [after[i].get(path) for i in data] for path in paths}, frame, list(data))
+        for tree, edits in [*((live._data[i], edits) for i, edits in data.items()), (live._layout, frame)]:
+            for path, value in edits.items():
+                _put(tree, path, value)
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #26e9e220
 def on_points(
@@ -248,7 +268,7 @@ class Panel(anywidget.AnyWidget):
     busy = Unicode().tag(sync=True)
     can_reset = Bool(True).tag(sync=True)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #1c880e0b
+# %% ../../nbs/api/widgets/00_kit.ipynb #127a3415
 def _message(problem:Exception) -> str:
     "What a learner reads about an exception."
     return str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
@@ -262,7 +282,9 @@ def refresh(
     try:
         text, error = view.sentence(**state), ""
         shown = [c for c in view.controls(**state) if c["name"] not in view.hidden]
-        show(view.fig, view.draw(**state))
+        with figures.sketching():
+            new = view.draw(**state)
+        show(view.fig, new)
         view.fig._alt = text
         if view.fig not in view.children:
             view.children = [view.panel, view.fig]
