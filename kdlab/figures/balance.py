@@ -9,7 +9,8 @@ __all__ = ['T_GRID', 'soft_gradient', 'hard_gradient', 'balance_numbers', 'balan
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, are_long, class_axis, compose, layout, series, softmax, top_classes
+from .kit import (HATCH, INK, are_long, class_axis, compose, layout, remembered, series, softmax,
+                               top_classes)
 
 # %% ../../nbs/api/figures/05_balance.ipynb #e9e5982d
 T_GRID = np.geomspace(1, 20, 25)
@@ -38,6 +39,7 @@ def hard_gradient(
 def _norm(gradient): return float(np.linalg.norm(gradient, axis=-1).mean())
 
 
+@remembered()
 def balance_numbers(
     teacher,  # (N, C) logits
     student,  # (N, C) logits of a student that is still learning

@@ -13,7 +13,8 @@ from itertools import pairwise
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, axis_id, check_labels, compose, interval, layout, series, softmax, to_numpy
+from .kit import (INK, axis_id, check_labels, compose, interval, layout, remembered, series, softmax,
+                               to_numpy)
 
 # %% ../../nbs/api/figures/22_distillery.ipynb #7b964012
 DATA = ("two moons", "rings", "three spirals", "four corners")
@@ -129,6 +130,7 @@ class Learner:
 TEACHER_STEPS, STUDENT_STEPS = 150, 300
 
 
+@remembered(8)
 def make_world(
     data:str | tuple="two moons",  # one of `DATA`, or (points (N, 2), classes (N,)) of your own
     noise:float=0.15,  # of the named ones

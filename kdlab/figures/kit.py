@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'NO_PICTURE', 'PAGE_CSS',
-           'to_numpy', 'check_logits', 'check_labels', 'check_images', 'check_list', 'check_names', 'check_ids',
-           'check_index', 'check_runs', 'check_pair', 'check_scores', 'check_absent', 'check_both', 'softmax',
-           'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'blues', 'series', 'layout', 'plain', 'sketching',
-           'compose', 'axis_id', 'are_long', 'shorten', 'class_axis', 'top_classes', 'grey_image', 'flat', 'changes',
-           'interval', 'seed_band', 'slider', 'choice', 'toggle', 'button', 'page', 'write_text', 'write_page',
-           'snippet']
+           'to_numpy', 'check_logits', 'check_labels', 'check_images', 'check_list', 'check_rising', 'check_names',
+           'check_ids', 'check_index', 'check_runs', 'check_pair', 'check_scores', 'check_absent', 'check_both',
+           'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'blues', 'series', 'layout', 'plain',
+           'sketching', 'remembered', 'compose', 'axis_id', 'are_long', 'shorten', 'class_axis', 'top_classes',
+           'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle', 'button', 'page',
+           'write_text', 'write_page', 'snippet']
 
-# %% ../../nbs/api/figures/00_kit.ipynb #17ab12b2
+# %% ../../nbs/api/figures/00_kit.ipynb #410ac056
 import functools
 import json
 import os
+import pickle
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from html import escape
@@ -87,7 +89,7 @@ def check_images(
         raise ValueError(f"images must be numbers; got {a.dtype}")
     return a.astype(np.float64)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #22c0512d
+# %% ../../nbs/api/figures/00_kit.ipynb #b4240478
 def check_list(
     values,  # anything that can be walked through
     name:str,  # how the caller calls it
@@ -97,6 +99,23 @@ def check_list(
         return list(values)
     except TypeError:
         raise ValueError(f"{name} must be a list; got {type(values).__name__}") from None
+
+
+def check_rising(
+    values,  # numbers, each larger than the one before
+    name:str,  # how the caller calls them
+    example:list,  # what would do
+    low:float=0.0,  # the least that makes sense
+    high:float=np.inf,  # the most
+) -> list:
+    "`values` as a list of one finite number or more in [low, high] that rise; or a `ValueError` that says what to give."
+    out = [v.item() if isinstance(v, np.generic) else v for v in check_list(values, name)]
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and np.isfinite(v) for v in out)
+    if not out or not numbers or not low <= out[0] <= out[-1] <= high or any(b <= a for a, b in zip(out, out[1:])):
+        reach = f"of at least {low:g}" if high == np.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be one number or more {reach}, in rising order, "
+                         f"such as {example}; got {out}")
+    return out
 
 
 def check_names(
@@ -334,7 +353,7 @@ def plain(
         return [v if type(v) in (float, int, str) else plain(v) for v in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
-# %% ../../nbs/api/figures/00_kit.ipynb #30bcc4c7
+# %% ../../nbs/api/figures/00_kit.ipynb #cc4b7d47
 @contextmanager
 def sketching():
     "Have `compose` leave out plotly's checks."
@@ -343,6 +362,26 @@ def sketching():
         yield
     finally:
         _sketch.reset(token)
+
+
+def remembered(
+    most:int=1,  # how many results are kept
+) -> Callable:
+    "A decorator of pure functions: arguments that were there before get the same result."
+    def decorate(f):
+        known = {}
+
+        @functools.wraps(f)
+        def ask(*args, **kwargs):
+            key = pickle.dumps((args, kwargs))
+            if key not in known:
+                out = f(*args, **kwargs)
+                for old in list(known)[:len(known) + 1 - most]:
+                    known.pop(old, None)
+                known[key] = out
+            return known[key]
+        return ask
+    return decorate
 
 
 def compose(

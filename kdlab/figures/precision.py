@@ -12,7 +12,7 @@ import math
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, class_axis, compose, interval, layout, seed_band, series, softmax
+from .kit import HATCH, INK, class_axis, compose, interval, layout, remembered, seed_band, series, softmax
 
 # %% ../../nbs/api/figures/40_precision.ipynb #62b6adf6
 DTYPES = ("bfloat16", "float16", "float32")
@@ -100,6 +100,7 @@ def results(student, teacher, T, dtype) -> list[tuple]:
     return [step_by_step(*narrow, T, dtype), step_by_step(*narrow, T, "float32"), ratio_form(*narrow, np.float32(T))]
 
 
+@remembered()
 def errors(
     T:float,  # temperature > 0
     classes:int,  # at least 2

@@ -12,7 +12,7 @@ import re
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, compose, fade, layout, log_softmax, ranking, series, shorten, softmax
+from .kit import INK, compose, fade, layout, log_softmax, ranking, remembered, series, shorten, softmax
 
 # %% ../../nbs/api/figures/13_simplex.ipynb #41000271
 LOSSES = ("cross-entropy", "forward KL", "reverse KL", "JS", "MSE")
@@ -166,6 +166,7 @@ def _walks(walks, chosen):
     return out
 
 
+@remembered()
 def simplex_numbers(
     p,  # (3,) the teacher, all positive
     start,  # (3,) the student at the start, all positive

@@ -70,13 +70,45 @@ function quiet(model) {
 }
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #4996552e
-_LOADER = _FETCH_JS + _QUIET_JS + """
+# %% ../../nbs/api/widgets/00_kit.ipynb #9b89a2fd
+_LEAN_JS = """
+const PLOTTED = Symbol.for("kdlab.plotted"), FULL = ["_sendTraceDeltas", "_sendLayoutDelta"];
+function styleOnce(part) {
+  const { plot, style } = part;
+  part[PLOTTED] = true;
+  part.plot = (gd, ...rest) => {
+    gd[PLOTTED] = true;
+    queueMicrotask(() => { gd[PLOTTED] = false; });
+    return plot(gd, ...rest);
+  };
+  part.style = (gd, ...rest) => {
+    const styled = gd[PLOTTED] ? [...gd.querySelectorAll("g.points, g.text")] : [], names = styled.map((g) => g.className.baseVal);
+    styled.forEach((g) => g.setAttribute("class", ""));  // it does not find them
+    try { style(gd, ...rest); } finally { styled.forEach((g, i) => g.setAttribute("class", names[i])); }
+  };
+}
+function lean({ FigureView: view }) {
+  if (!view || view[PLOTTED]) return;
+  view[PLOTTED] = true;
+  for (const name of FULL) if (view.prototype[name]) view.prototype[name] = () => {};
+  const update = view.prototype.do_update;
+  view.prototype.do_update = function () {
+    for (const { _module: part } of this.el._fullData ?? [])
+      if (part?.name === "scatter" && part.style && !part[PLOTTED]) styleOnce(part);
+    update.call(this);
+  };
+}
+"""
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #abd62ac4
+_LOADER = _FETCH_JS + _QUIET_JS + _LEAN_JS + """
 export default () => {
   let part, shared;
   return {
     async initialize({ model }) {
-      part = (await load(model)).default();
+      const bundle = await load(model);
+      lean(bundle);
+      part = bundle.default();
       shared = quiet(model);
       await part.initialize({ model: shared });
     },
