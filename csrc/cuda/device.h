@@ -16,6 +16,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "../kdlab.h"
+
 #define KDLAB_BOTH __host__ __device__ __forceinline__
 #define KDLAB_DEVICE __device__ __forceinline__
 #define KDLAB_KERNEL(most_threads) __global__ void __launch_bounds__(most_threads, 1)
@@ -24,7 +26,7 @@
 
 namespace kdlab {
 
-using std::log, std::log1p, std::sqrt;
+using std::exp, std::expm1, std::log, std::log1p, std::sqrt;
 
 // 2^x: relative error at most 2^-22, results below 2^-126 are 0
 KDLAB_BOTH float exp2_of(float x) {
@@ -62,6 +64,16 @@ KDLAB_DEVICE void from_real(float x, float* y) { *y = x; }
 KDLAB_DEVICE void from_real(double x, double* y) { *y = x; }
 KDLAB_DEVICE void from_real(float x, bf16* y) { y->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 KDLAB_DEVICE void from_real(float x, f16* y) { y->bits = __half_as_ushort(__float2half_rn(x)); }
+
+// Numbers of a loss dtype
+KDLAB_DEVICE double at(const void* p, int dtype, int64_t i) {
+    return dtype == KDLAB_F64 ? static_cast<const double*>(p)[i] : static_cast<const float*>(p)[i];
+}
+KDLAB_DEVICE void put(void* p, int dtype, int64_t i, double x) {
+    if (!p) return;
+    if (dtype == KDLAB_F64) static_cast<double*>(p)[i] = x;
+    else static_cast<float*>(p)[i] = float(x);
+}
 
 // 16 bytes of elements, as whole registers: halves of one would take a register each
 template <class E> struct alignas(16) Pack { uint32_t word[4]; };

@@ -1,6 +1,6 @@
 // The equations of the divergences between softened distributions, for one element or a few of one thread: the twin of
 // cpu/softened.h. It compiles for the device and for the host, where tests check it against float64. The loops around
-// it, and the sums over threads, are in rows.cu.
+// it, and the sums over threads, are in rows.h and rows.cu.
 //
 // With a = s - max s, b = t - max t, e_s = exp(a/T), e_t = exp(b/T), Z = sum e: q = e_s / Z_s is the student, p = e_t /
 // Z_t the teacher, v = log(q / p) = (a - b)/T - lambda, lambda = log(Z_s / Z_t), d = q - p. Every divergence is a sum
@@ -247,8 +247,10 @@ KDLAB_BOTH R slope_of(const Pair<R>& x, R mix) {
         case KDLAB_JSD: return rest * log_over_mix<kClose>(x.p, x.q, x.v, mix);
         case KDLAB_SKEW_KL:                         // with alpha = 1 it is 0, also where p is
             return rest == 0 ? rest * x.d : rest * rest * ratio(x.d, fused(rest, x.d, x.p));
-        case KDLAB_SKEW_REVERSE_KL:                 // log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p
-            return log_over_mix<kClose>(x.p, x.q, x.v, rest) - mix * rest * ratio(x.d, fused(mix, x.d, x.p));
+        case KDLAB_SKEW_REVERSE_KL: {               // log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p
+            if (rest == 0) return rest * x.d;       // there q / m is 1, and both may underflow
+            return log_over_mix<kClose>(x.p, x.q, x.v, rest) - mix * rest * ratio(x.d, fused(mix, x.q, rest * x.p));
+        }
         case KDLAB_TOTAL_VARIATION: return x.d > 0 ? R(0.5) : x.d < 0 ? R(-0.5) : x.d;  // NaN stays
         default: return 0;
     }

@@ -168,7 +168,7 @@ inline float off_by(float y, float relative) {          // an error of up to `re
 
 namespace kdlab {
 
-using std::log, std::log1p, std::sqrt;
+using std::exp, std::expm1, std::log, std::log1p, std::sqrt;
 
 inline float exp2_of(float x) {
     const float y = std::exp2(x);
