@@ -22,26 +22,25 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
         const R own_s = part.logit(job.student, job.student_stride, value.r, hard.label);
         const R own_t = part.logit(job.teacher, job.teacher_stride, value.r, hard.label);
         OthersSums<R, kNKD> own;
-        part.template sweep<kHeld>(team, true, [&](auto& s, auto& t, int i) {
-            own.template add<kCE>(s, t, hard.label - part.begin - i, f);
-        });
-        double sum[kNKD ? 7 : 6];
-        add_up(own, team, f, sum);
-        const bool alone = sum[0] == 0 && sum[1] == 0;              // no other class: nothing to compare
-        const double zs = alone ? 1 : sum[0] > 0 ? sum[0] : nan, zt = alone ? 1 : sum[1] > 0 ? sum[1] : nan;
+        part.template sweep<kHeld, true, true>(team, hard.label,
+            [&](R s, R t) { own.template look<kCE>(s, t, f); },
+            [&](const auto& s, const auto& t, int) { own.template add<kCE>(s, t, f); });
+        const RowSums sums = add_up<kHeld>(own, team, part, hard.label, f);
+        const bool alone = sums.zs == 0 && sums.zt == 0;            // no other class: nothing to compare
+        const double zs = alone ? 1 : sums.zs > 0 ? sums.zs : nan, zt = alone ? 1 : sums.zt > 0 ? sums.zt : nan;
         const bool spoilt = !(zs > 0 && zt > 0);
-        const double below_s = double(own_s) - double(own.max_s), below_t = double(own_t) - double(own.max_t);
+        const double above_s = double(own_s) - double(own.max_s), above_t = double(own_t) - double(own.max_t);
         Row<R, exact<E>> row(own.max_s, own.max_t, R(zs), R(zt), f, 0);
 
         // The hard label, and in NKD the soft one
         const double g = value.grad_scale(denominator);
         double ce = 0, known = 0;
         if (kCE) {
-            const double others = sum[4], odds = log(others) - below_s, spoil = below_s < infinity ? 0 : nan;
+            const double others = sums.zh, odds = log(others) - above_s, spoil = above_s < infinity ? 0 : nan;
             double weight = get(job.ce_number);
             ce = softplus(odds) + spoil;
             if (kNKD) {
-                const double p = probability_of_label(below_t, sum[kNKD ? 6 : 0]);
+                const double p = probability_of_label(above_t, sums.zh_t);
                 weight += get(job.kl_number) * p;
                 known = p == 0 ? 0 : p * ce / value.kl_factor();
             }
@@ -49,13 +48,13 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
             hard.factor = R(factor);
             hard.own = R(-others * factor);
         }
-        if (kNKD && !alone) known += job.others * entropy_of<kHeld>(team, part, row, zt, sum[3], T, hard.label);
+        if (kNKD && !alone) known += job.others * entropy_of<kHeld>(team, part, row, sums, T, hard.label);
         if (first) value.begin(ce, known);
 
         // The KL of the others
-        double kl[1] = {kl_of(sum[2], zs, zt, T, false)};
-        const double l_t = below_t / T - log(zt);
-        double l_s = below_s / T - log(zs), D = l_s - l_t;
+        double kl[1] = {kl_of(sums.m, zs, zt, false)};
+        const double l_t = above_t / T - log(zt);
+        double l_s = above_s / T - log(zs), D = l_s - l_t;
         const bool close = sizeof(R) == 8 || is_close(R(kl[0]), R(zs), R(zt), false);
         auto each_other = [&](auto body) {
             part.template each_one<kHeld>(team, [&](int i, R s, R t) {
@@ -93,7 +92,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
         if (alone) coin.value = coin.slope = size_of(own_s) < infinity && size_of(own_t) < infinity ? 0 : nan;
         const double alpha = kNKD ? 1 : job.mix;
         if (first) {
-            const double others = sum[5] > 0 ? infinity : kl[0];
+            const double others = spoilt ? nan : sums.excludes ? infinity : kl[0];
             value.end(alpha * coin.value + alpha * coin.slope * 0 + job.others * others);
         }
         if (!part.grad) return team.leave();
@@ -102,7 +101,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
         const R pull = R(alpha * coin.slope), beta = R(job.others), at_label = factor * pull;
         auto with_label = [&](R soft, R s, bool is_label) {
             const R g = is_label ? at_label : soft;
-            return kCE ? g + hard.gradient(s - row.max_s, is_label) : g;
+            return kCE ? g + hard.gradient(s, row.max_s, is_label) : g;
         };
         if (close) {
             each_other([&](int i, R logit, R s, R t, bool is_label) {
@@ -117,7 +116,8 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
                 part.template read<kHeld>(i, s, t);
                 KDLAB_UNROLL
                 for (int j = 0; j < N; ++j) {
-                    const R es = exp2_of((s[j] - row.max_s) * row.k), et = exp2_of((t[j] - row.max_t) * row.k);
+                    const R es = exp2_of(power_of(s[j], row.max_s, row.k));
+                    const R et = exp2_of(power_of(t[j], row.max_t, row.k));
                     s[j] = with_label(fused(es, fs, -(et * ft)), s[j], part.begin + i + j == hard.label);
                 }
                 part.write(i, s);

@@ -40,10 +40,10 @@ KDLAB_BOTH Coin toss(double l_s, double l_t, double D) {
     return {p * psi(v) + rest * psi(w), sign * p * expm1(v)};
 }
 
-// The teacher's probability of a label that lies `below` the largest of the other logits, with their exponentials' sum
-KDLAB_BOTH double probability_of_label(double below, double others) {
+// The teacher's probability of a label that lies `above` the largest other logit, which their sum is relative to
+KDLAB_BOTH double probability_of_label(double above, double others) {
     if (others == 0) return 1;
-    return below < Real<double>::infinity ? 1 / (1 + exp(log(others) - below)) : Real<double>::nan;
+    return above < Real<double>::infinity ? 1 / (1 + exp(log(others) - above)) : Real<double>::nan;
 }
 
 // What one thread has seen of a row without its label; for NKD with the teacher's exponentials at T = 1.
@@ -51,25 +51,25 @@ template <class R, bool kNKD>
 struct OthersSums : Sums<R> {
     R zh_t = 0;
 
+    KDLAB_BOTH R teachers_zh() const { return zh_t; }
+
     template <bool kCE>
     KDLAB_BOTH void raise(R new_s, R new_t, const Softening<R>& f) {
-        if (kNKD) zh_t *= exp2_of((this->max_t - new_t) * R(log2_of_e));
+        if (kNKD) zh_t *= exp2_of(power_of(this->max_t, new_t, R(log2_of_e)));
         Sums<R>::template raise<kCE>(new_s, new_t, f);
     }
+    template <bool kCE>
+    KDLAB_BOTH void look(R top_s, R top_t, const Softening<R>& f) {
+        if (top_s > this->max_s || top_t > this->max_t)
+            raise<kCE>(larger(top_s, this->max_s), larger(top_t, this->max_t), f);
+    }
 
-    // N classes; `label` is the place of the label among them, or none of these places
     template <bool kCE, int N>
-    KDLAB_BOTH void add(R (&s)[N], R (&t)[N], int label, const Softening<R>& f) {
-        if (unsigned(label) < unsigned(N))
-            KDLAB_UNROLL
-            for (int i = 0; i < N; ++i)
-                if (i == label) s[i] = t[i] = -Real<R>::infinity;           // as if it were not there
-        const R before = this->max_t;
-        Sums<R>::template add<kCE>(s, t, -1, f);
+    KDLAB_BOTH void add(const R (&s)[N], const R (&t)[N], const Softening<R>& f) {
+        Sums<R>::template add<kNKD ? KDLAB_SOFT_CROSS_ENTROPY : KDLAB_FORWARD_KL, kCE>(s, t, -1, f);
         if (!kNKD) return;
-        if (this->max_t != before) zh_t *= exp2_of((before - this->max_t) * R(log2_of_e));
         KDLAB_UNROLL
-        for (int i = 0; i < N; ++i) zh_t += exp2_of((t[i] - this->max_t) * R(log2_of_e));
+        for (int i = 0; i < N; ++i) zh_t += exp2_of(power_of(t[i], this->max_t, R(log2_of_e)));
     }
 };
 

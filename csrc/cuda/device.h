@@ -114,6 +114,22 @@ KDLAB_DEVICE void assemble(const float (&x)[8], Pack<E>* p) {
     for (int i = 0; i < 4; ++i) p->word[i] = pair_of(E(), x[2 * i], x[2 * i + 1]);
 }
 
+// The largest of a pack; NaN counts as nothing
+KDLAB_DEVICE float top_of(const Pack<float>& p) {
+    return fmaxf(fmaxf(element(p, 0), element(p, 1)), fmaxf(element(p, 2), element(p, 3)));
+}
+KDLAB_DEVICE double top_of(const Pack<double>& p) { return fmax(element(p, 0), element(p, 1)); }
+KDLAB_DEVICE float top_of(const Pack<bf16>& p) {
+    const __nv_bfloat162* x = reinterpret_cast<const __nv_bfloat162*>(p.word);
+    const __nv_bfloat162 top = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
+    return fmaxf(__low2float(top), __high2float(top));
+}
+KDLAB_DEVICE float top_of(const Pack<f16>& p) {
+    const __half2* x = reinterpret_cast<const __half2*>(p.word);
+    const __half2 top = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
+    return fmaxf(__low2float(top), __high2float(top));
+}
+
 // The 16 bytes at an address that is a multiple of 16
 template <class E> KDLAB_DEVICE Pack<E>* pack_at(E* p) { return reinterpret_cast<Pack<E>*>(p); }
 template <class E> KDLAB_DEVICE const Pack<E>* pack_at(const E* p) { return reinterpret_cast<const Pack<E>*>(p); }
@@ -125,6 +141,13 @@ template <class E> KDLAB_DEVICE Pack<E> load_once(const Pack<E>* p) {
 }
 template <class E> KDLAB_DEVICE void store_once(Pack<E>* p, const Pack<E>& x) {
     __stcs(reinterpret_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+}
+
+// Into shared memory, in one piece: the compiler would make four stores of it, each of which hits a bank four times
+template <class E> KDLAB_DEVICE void keep(Pack<E>* p, const Pack<E>& x) {
+    const unsigned place = unsigned(__cvta_generic_to_shared(p));
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(place), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3]) : "memory");
 }
 
 KDLAB_DEVICE unsigned char* shared_memory() {

@@ -53,7 +53,7 @@ struct Finish {
     bool first;                         // does this thread write the value?
 
     KDLAB_DEVICE R with_label(R g, R s, int i) const {
-        return kCE ? g + hard.gradient(s - row.max_s, i == hard.label) : g;
+        return kCE ? g + hard.gradient(s, row.max_s, i == hard.label) : g;
     }
 
     // The gradient of the forward KL as it stands
@@ -65,7 +65,7 @@ struct Finish {
             part.template read<kHeld>(i, s, t);
             KDLAB_UNROLL
             for (int j = 0; j < N; ++j) {
-                const R es = exp2_of((s[j] - row.max_s) * row.k), et = exp2_of((t[j] - row.max_t) * row.k);
+                const R es = exp2_of(power_of(s[j], row.max_s, row.k)), et = exp2_of(power_of(t[j], row.max_t, row.k));
                 s[j] = with_label(fused(es, fs, -(et * ft)), s[j], part.begin + i + j);
             }
             part.write(i, s);
@@ -121,6 +121,19 @@ struct Finish {
 // Calls f(Kind) with the divergence as a type
 template <int k> struct Kind { static constexpr int kind = k; };
 
+// The same with one that has the same sums
+template <bool kCE, class F>
+KDLAB_DEVICE void with_sweep(int kind, F f) {
+    switch (kind) {
+        case only_cross_entropy:
+            if constexpr (kCE) f(Kind<only_cross_entropy>());
+            return;
+        case KDLAB_REVERSE_KL: return f(Kind<KDLAB_REVERSE_KL>());
+        case KDLAB_SOFT_CROSS_ENTROPY: return f(Kind<KDLAB_SOFT_CROSS_ENTROPY>());
+        default: return f(Kind<KDLAB_FORWARD_KL>());
+    }
+}
+
 template <class F>
 KDLAB_DEVICE void with_kind(int kind, F f) {
     switch (kind) {
@@ -146,13 +159,16 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
         if (kCE) hard.label = value.label();
         const R label_logit = kCE ? part.logit(job.student, job.student_stride, value.r, hard.label) : 0;
         Sums<R> own;
-        part.template sweep<kHeld>(team, job.divergence, [&](const auto& s, const auto& t, int i) {
-            own.template add<kCE>(s, t, hard.label - part.begin - i, f);
+        with_sweep<kCE>(f.kind, [&](auto k) {
+            part.template sweep<kHeld, decltype(k)::kind != only_cross_entropy, false>(team, -1,
+                [&](R s, R t) { own.template look<kCE>(s, t, f); },
+                [&](const auto& s, const auto& t, int i) {
+                    own.template add<decltype(k)::kind, kCE>(s, t, hard.label - part.begin - i, f);
+                });
         });
-        double sum[6];
-        add_up(own, team, f, sum);
-        const double zs = sum[0] > 0 ? sum[0] : nan, zt = sum[1] > 0 ? sum[1] : nan;        // no class at all: NaN
-        const bool spoilt = !(zs > 0 && zt > 0), excluded = f.unbounded() && sum[5] > 0;
+        const RowSums sums = add_up<kHeld>(own, team, part, -1, f);
+        const double zs = sums.zs > 0 ? sums.zs : nan, zt = sums.zt > 0 ? sums.zt : nan;    // no class at all: NaN
+        const bool spoilt = !(zs > 0 && zt > 0), excluded = f.unbounded() && sums.excludes;
         const bool no_way_out = spoilt || (excluded && f.reverse());    // +inf, and no step leads away
         Row<R, exact<E>> row(own.max_s, own.max_t, R(zs), R(zt), f, R(job.mix));
 
@@ -160,13 +176,13 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
         const double g = value.grad_scale(denominator);
         double ce = 0;
         if (kCE) {
-            const R a = label_logit - own.max_s, h = exp2_of(a * R(log2_of_e));
-            if (first) ce = spoilt ? nan : cross_entropy_of(h, sum[4], -double(a));
-            hard.factor = R(g * get(job.ce_number) / (spoilt ? nan : h + sum[4]));
-            hard.own = R(-sum[4]) * hard.factor;
+            const R h = exp2_of(power_of(label_logit, own.max_s, R(log2_of_e)));
+            if (first) ce = cross_entropy_of(h, sums.zh, double(own.max_s) - double(label_logit));
+            hard.factor = R(g * get(job.ce_number) / (h + sums.zh));
+            hard.own = R(-sums.zh) * hard.factor;
         }
         double kl = 0;
-        if (f.kind == KDLAB_SOFT_CROSS_ENTROPY) kl = entropy_of<kHeld>(team, part, row, zt, sum[3], T, -1);
+        if (f.kind == KDLAB_SOFT_CROSS_ENTROPY) kl = entropy_of<kHeld>(team, part, row, sums, T, -1);
         if (first) value.begin(ce, spoilt ? nan : excluded ? Real<double>::infinity : kl);
         if (f.kind == only_cross_entropy) {
             if (first) value.give();
@@ -178,7 +194,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
         // The divergence
         const R factor = no_way_out ? Real<R>::nan : R(g * get(job.kl_number) * value.kl_factor() / T);
         const Finish<E, kCE, kHeld> rest = {part, team, row, hard, value, factor, first};
-        double x[3] = {kl_of(sum[2], zs, zt, T, f.reverse()), 0, 1};
+        double x[3] = {kl_of(sums.m, zs, zt, f.reverse()), 0, 1};
         const bool close = sizeof(R) == 8 || is_close(R(x[0]), R(zs), R(zt), !f.unbounded());
         const bool known = f.unbounded() && !close;
         if (close) {

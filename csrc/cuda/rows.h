@@ -10,8 +10,8 @@
 
 namespace kdlab {
 
-// Blocks of 128 threads, of which four fit a multiprocessor: one loads while others compute and write. 512 where a
-// block has a multiprocessor to itself: this bound leaves a thread 128 registers.
+// Blocks of 128 threads, of which three or four fit a multiprocessor: one loads while others compute and write. 512
+// where a block has a multiprocessor to itself: this bound leaves a thread 128 registers.
 constexpr int block_threads = 128, most_threads = 512;
 
 struct Number { double value; const double* at; };
@@ -204,11 +204,14 @@ struct Slice {
         return kOnce ? load_once(pack_at(p)) : *pack_at(p);
     }
 
-    // The first sweep: body(s, t, i) for the elements from i on, a few at a time, and the row into shared memory.
-    // Several loads are under way at once.
-    template <bool kHeld, class Body>
-    KDLAB_DEVICE void sweep(const Team& team, bool teacher, Body body) const {
+    // The first sweep, with several loads under way at once: the row into shared memory, look(s, t) at the largest of
+    // some elements and then add(s, t, i) for them, a few at a time, from i on. kHides: the class `hidden` is -inf to
+    // them. kTeacher: is there a teacher? (Not a question to ask here: the answer would wait for the load.)
+    template <bool kHeld, bool kTeacher, bool kHides, class Look, class Add>
+    KDLAB_DEVICE void sweep(const Team& team, int hidden, Look look, Add add) const {
         constexpr int ahead = sizeof(E) == 8 ? 2 : 4;
+        constexpr R low = -Real<R>::infinity;
+        hidden -= begin;
         KDLAB_AS_IT_IS
         for (int v = team.rank; v < vectors; v += ahead * team.size) {
             Pack<E> a[ahead], b[ahead];
@@ -217,16 +220,30 @@ struct Slice {
                 const int i = head + (v + j * team.size) * V;
                 if (v + j * team.size >= vectors) continue;
                 a[j] = fetch<kHeld>(s + i);
-                b[j] = teacher ? fetch<kHeld>(t + i) : a[j];
+                if (kTeacher) b[j] = fetch<kHeld>(t + i);
+                else b[j] = a[j];
             }
+            R top_s = low, top_t = low;
             KDLAB_UNROLL
             for (int j = 0; j < ahead; ++j) {
                 const int i = head + (v + j * team.size) * V;
                 if (v + j * team.size >= vectors) continue;
                 if (kHeld) {
-                    *pack_at(held_s + i) = a[j];
-                    *pack_at(held_t + i) = b[j];
+                    keep(pack_at(held_s + i), a[j]);
+                    keep(pack_at(held_t + i), b[j]);
                 }
+                if (kHides && unsigned(hidden - i) < unsigned(V)) {
+                    hide(hidden - i, &a[j]);
+                    hide(hidden - i, &b[j]);
+                }
+                top_s = larger(top_of(a[j]), top_s);
+                top_t = larger(top_of(b[j]), top_t);
+            }
+            look(top_s, top_t);
+            KDLAB_UNROLL
+            for (int j = 0; j < ahead; ++j) {
+                const int i = head + (v + j * team.size) * V;
+                if (v + j * team.size >= vectors) continue;
                 constexpr int few = V < 4 ? V : 4;
                 KDLAB_UNROLL
                 for (int l = 0; l < V; l += few) {
@@ -236,7 +253,7 @@ struct Slice {
                         x[m] = element(a[j], l + m);
                         y[m] = element(b[j], l + m);
                     }
-                    body(x, y, i + l);
+                    add(x, y, i + l);
                 }
             }
         }
@@ -245,9 +262,19 @@ struct Slice {
                 held_s[i] = s[i];
                 held_t[i] = t[i];
             }
-            R x[1] = {to_real(s[i])}, y[1] = {to_real(t[i])};
-            body(x, y, i);
+            const bool is_hidden = kHides && i == hidden;
+            const R x[1] = {is_hidden ? low : R(to_real(s[i]))}, y[1] = {is_hidden ? low : R(to_real(t[i]))};
+            look(x[0], y[0]);
+            add(x, y, i);
         });
+    }
+
+    // One class of a pack becomes -inf.
+    static KDLAB_DEVICE void hide(int place, Pack<E>* pack) {
+        R x[V];
+        KDLAB_UNROLL
+        for (int i = 0; i < V; ++i) x[i] = i == place ? -Real<R>::infinity : element(*pack, i);
+        assemble(x, pack);
     }
 };
 
@@ -255,9 +282,11 @@ struct Slice {
 template <class R>
 struct HardLabel {
     int label = -1;
-    R factor = 0, own = 0;              // of exp(a); the gradient at the label
+    R factor = 0, own = 0;              // of exp(s - top); the gradient at the label
 
-    KDLAB_DEVICE R gradient(R a, bool is_label) const { return is_label ? own : exp2_of(a * R(log2_of_e)) * factor; }
+    KDLAB_DEVICE R gradient(R s, R top, bool is_label) const {
+        return is_label ? own : exp2_of(power_of(s, top, R(log2_of_e))) * factor;
+    }
 };
 
 // Calls body(team, part, value, denominator) for this thread's row. One that does not count becomes zeros.
@@ -281,24 +310,37 @@ KDLAB_DEVICE void take_row(const RowsJob& job, Body body) {
     if (team.first()) value.nothing();
 }
 
-// The sums of all threads, relative to the largest logits of all; the seventh is NKD's
-template <class S, class R, int N>
-KDLAB_DEVICE void add_up(S& own, const Team& team, const Softening<R>& f, double (&x)[N]) {
+// The sums of all threads, relative to the largest logits of all; what they are, and in the end whether a class is
+// excluded where the value becomes +inf
+struct RowSums { double zs, zt, m, entropy, zh, zh_t; bool excludes; };
+
+template <bool kHeld, class S, class E, class R>
+KDLAB_DEVICE RowSums add_up(S& own, const Team& team, const Slice<E>& part, int hidden, const Softening<R>& f) {
     R top[2] = {own.max_s, own.max_t};
     team.combine(top, Larger(), 0);
     own.template raise<true>(top[0], top[1], f);
-    const double mine[6] = {own.zs, own.zt, own.m, own.entropy, own.zh, double(own.excludes)};
-    for (int i = 0; i < 6; ++i) x[i] = mine[i];
-    if constexpr (N > 6) x[6] = own.zh_t;
+    double x[6] = {own.zs, own.zt, own.m, own.entropy, own.zh, own.teachers_zh()};
     team.combine(x, Add(), 1);
+    RowSums sums = {x[0], x[1], x[2], x[3], x[4], x[5], false};
+    if (size_of(x[2] + x[3]) < Real<double>::infinity) return sums;
+    Careful<R> careful;
+    part.template each_one<kHeld>(team, [&](int i, R s, R t) {
+        if (part.begin + i != hidden) careful.add(s, t, own, f);
+    });
+    double again[3] = {careful.m, careful.entropy, double(careful.excludes)};
+    team.combine(again, Add(), 4);
+    sums.m = again[0];
+    sums.entropy = again[1];
+    sums.excludes = again[2] > 0;
+    return sums;
 }
 
-// The teacher's entropy from sum e_t and sum e_t b, without the label's class if there is one. Where another has most
-// of the mass, from the rest: log Z_t would cancel.
+// The teacher's entropy, without the label's class if there is one. Where another has most of the mass, from the rest:
+// log Z_t would cancel.
 template <bool kHeld, class E, class R, bool kExact>
-KDLAB_DEVICE double entropy_of(const Team& team, const Slice<E>& part, const Row<R, kExact>& row, double zt, double sum,
+KDLAB_DEVICE double entropy_of(const Team& team, const Slice<E>& part, const Row<R, kExact>& row, const RowSums& sums,
                                double T, int label) {
-    if (!(zt < 3)) return log(zt) - sum / zt / T;
+    if (!(sums.zt < 3)) return log(sums.zt) - sums.entropy / sums.zt * log_of_2;
     R others = 0, tops = 0, weighted = 0;
     part.template each_one<kHeld>(team, [&](int i, R, R t) {
         if (part.begin + i == label) return;
@@ -327,7 +369,8 @@ inline int room_for(int64_t cols, int slices, int element) {
     return int((cols / slices + 5 * v) / v * 16);                   // a share, odd elements at both ends, and a shift
 }
 
-constexpr int short_row = 8 << 10, comfortable = 52 << 10;      // bytes; with these, four blocks fit a multiprocessor
+constexpr int short_row = 8 << 10, comfortable = 50 << 10;      // bytes; with these, four blocks fit a multiprocessor
+constexpr int reserved = 1 << 10;                               // bytes that every block takes beside its own
 
 inline Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
     const int64_t bytes = 2 * cols * element;
@@ -349,8 +392,9 @@ inline Plan plan_for(int64_t cols, int element, const DeviceInfo& device) {
     } else {
         p.room = room_for(cols, p.slices, element);
     }
-    if (needs(p.slices) > comfortable && element < 8) p.threads = p.team = most_threads;
     p.shared = Team::bytes() + 2 * p.room;
+    const int fit = p.held ? (device.shared_bytes + reserved) / (p.shared + reserved) : 1;     // a multiprocessor
+    if (element < 8 && fit < 3) p.threads = p.team = fit == 2 ? most_threads / 2 : most_threads;
     return p;
 }
 

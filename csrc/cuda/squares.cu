@@ -16,15 +16,17 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) squared_rows(const
         // Sums, relative to the first class
         HardLabel<R> hard;
         if (kCE) hard.label = value.label();
-        const double label_logit = kCE ? part.logit(job.student, job.student_stride, value.r, hard.label) : 0;
+        const R label_logit = kCE ? part.logit(job.student, job.student_stride, value.r, hard.label) : 0;
         double from = double(part.logit(job.student, job.student_stride, value.r, 0)) -
                       double(part.logit(job.teacher, job.teacher_stride, value.r, 0));
         if (!centred || !(size_of(from) < infinity)) from = 0;
         const Shift<R> start(from);
         SquareSums<R> own;
-        part.template sweep<kHeld>(team, true, [&](const auto& s, const auto& t, int i) {
-            own.template add<kCE>(s, t, hard.label - part.begin - i, start);
-        });
+        part.template sweep<kHeld, true, false>(team, -1,
+            [&](R s, R) { if (kCE && s > own.max_s) own.raise(s); },
+            [&](const auto& s, const auto& t, int i) {
+                own.template add<kCE>(s, t, hard.label - part.begin - i, start);
+            });
         R top[1] = {own.max_s};
         if (kCE) {
             team.combine(top, Larger(), 0);
@@ -41,8 +43,8 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) squared_rows(const
         const double g = value.grad_scale(denominator);
         double ce = 0;
         if (kCE) {
-            const double others = sum[3], below = label_logit - double(own.max_s), odds = log(others) - below;
-            const double spoil = below < infinity ? 0 : nan;
+            const double others = sum[3], odds = log(others) - (double(label_logit) - double(own.max_s));
+            const double spoil = label_logit < infinity ? 0 : nan;
             const double factor = g * get(job.ce_number) / (others == 0 ? 1 : others * (1 + exp(-odds)) + spoil);
             ce = softplus(odds) + spoil;
             hard.factor = R(factor);
@@ -58,7 +60,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) squared_rows(const
             const R y = by == Excluded::by_both ? 0 : shifted(s, t, mean);
             square = fused(y, y, square);
             const R slope = factor * (by == Excluded::by_none ? y - pull : y);
-            return kCE ? slope + hard.gradient(s - own.max_s, part.begin + i == hard.label) : slope;
+            return kCE ? slope + hard.gradient(s, own.max_s, part.begin + i == hard.label) : slope;
         };
         part.each(team, [&](int i, auto w) {
             constexpr int N = decltype(w)::width;

@@ -43,7 +43,7 @@ struct SquareSums {
     R max_s = Real<R>::lowest, zh = 0;
 
     KDLAB_BOTH void raise(R new_s) {
-        zh *= exp2_of((max_s - new_s) * R(log2_of_e));
+        zh *= exp2_of(power_of(max_s, new_s, R(log2_of_e)));
         max_s = new_s;
     }
 
@@ -58,13 +58,9 @@ struct SquareSums {
             else sum += y;
         }
         if (!kCE) return;
-        R top = s[0];
-        KDLAB_UNROLL
-        for (int i = 1; i < N; ++i) top = larger(s[i], top);
-        if (top > max_s) raise(top);
         KDLAB_UNROLL
         for (int i = 0; i < N; ++i)
-            if (i != label) zh += exp2_of((s[i] - max_s) * R(log2_of_e));
+            if (i != label) zh += exp2_of(power_of(s[i], max_s, R(log2_of_e)));
     }
 };
 

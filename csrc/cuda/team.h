@@ -5,7 +5,7 @@
 
 namespace kdlab {
 
-constexpr int warp_lanes = 32, most_warps = 16, most_sums = 8, most_stages = 4;
+constexpr int warp_lanes = 32, most_warps = 16, most_sums = 8, most_stages = 5;
 
 struct Add { template <class X> KDLAB_DEVICE X operator()(X x, X y) const { return x + y; } };
 struct Larger { template <class X> KDLAB_DEVICE X operator()(X x, X y) const { return x > y ? x : y; } };
