@@ -315,7 +315,8 @@ KDLAB_KERNEL(sum_threads) scale_rows(const kdlab_scale job) {
     constexpr int V = 16 / sizeof(E);
     E* grad = static_cast<E*>(job.grad);
     const int64_t count = job.rows * job.cols, step = int64_t(gridDim.x) * blockDim.x;
-    const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, packs = job.per_row ? 0 : count / V;
+    const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t packs = job.per_row || reinterpret_cast<uintptr_t>(grad) % 16 ? 0 : count / V;
     for (int64_t i = first; i < packs; i += step) {
         Pack<E> pack = *pack_at(grad + i * V);
         R x[V];
