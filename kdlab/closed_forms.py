@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['KINDS', 'MIXED', 'Rows', 'scratch', 'empty_cache', 'rows_and_gradient']
 
-# %% ../nbs/api/02_closed_forms.ipynb #26cd7439
+# %% ../nbs/api/02_closed_forms.ipynb #68ce078c
 import math
 import threading
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from . import reference
+from . import logit_reference, reference
 
 # %% ../nbs/api/02_closed_forms.ipynb #d5b2a1fc
 _LN2 = math.log(2)
@@ -63,14 +63,15 @@ def _jsd(a, b, d, w, sums, beta):
     of_p, of_q = _total(w.mul_(b)) / U, _total(torch.mul(a, d, out=b)) / S
     return (1 - beta) * of_q - beta * of_p, torch.stack((of_q, torch.ones_like(S))) * (-(1 - beta) * _LN2 / S)
 
-# %% ../nbs/api/02_closed_forms.ipynb #3fb64295
+# %% ../nbs/api/02_closed_forms.ipynb #ce836739
 _QUICK = {"forward_kl": _forward_kl, "soft_cross_entropy": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd,
           "skew_kl": _skew_kl, "skew_reverse_kl": _skew_reverse_kl, "total_variation": _total_variation}
 _ENDS = {("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl", ("skew_kl", 0): "forward_kl", ("skew_reverse_kl", 0): "reverse_kl"}
-KINDS = set(_QUICK)
+_LABELLED = "dkd", "nkd" # the forward KL of the classes other than the label's, and what they add
+KINDS = {*_QUICK, *_LABELLED, "logit_mse"}
 MIXED = "jsd", "skew_kl", "skew_reverse_kl" # those that take a mix
 
-# %% ../nbs/api/02_closed_forms.ipynb #a8542ffc
+# %% ../nbs/api/02_closed_forms.ipynb #75dfd2eb
 class Rows(NamedTuple):
     "Some rows of a question. What is not one number for all of them has a number for each, (n, 1)."
     student: Tensor # logits, (n, C)
@@ -80,12 +81,14 @@ class Rows(NamedTuple):
     T: float|Tensor # temperature
     soft: float|Tensor # factor of the divergence's gradient by student / T
     hard: float|Tensor # factor of the cross-entropy's gradient
+    label: Tensor|None = None # labels that the divergence itself reads, as `target`
+    others: float|Tensor = 0. # weight of the other classes: beta of dkd, gamma of nkd (with its T²)
 
     def at(self, index)->"Rows":
         "The rows at an index or a slice."
         return Rows(*(x[index] if isinstance(x, Tensor) and x.dim() else x for x in self))
 
-# %% ../nbs/api/02_closed_forms.ipynb #2a3224dd
+# %% ../nbs/api/02_closed_forms.ipynb #a30d1b9d
 _FAR = 1e250
 
 def _exponents(x:Tensor, out:Tensor)->Tensor:
@@ -93,6 +96,14 @@ def _exponents(x:Tensor, out:Tensor)->Tensor:
     if out.dtype is torch.float64: return out.copy_(x)
     if x.dtype is out.dtype: return torch.sub(x, x.amax(-1, keepdim=True), out=out)
     return out.copy_(x).sub_(out.amax(-1, keepdim=True))
+
+def _without(label:Tensor, x:Tensor, out:Tensor)->float|Tensor: # what was taken off, (n, 1) in float64
+    "The same for the classes other than the label's, whose exponential will be 0."
+    out.copy_(x).scatter_(-1, label, -1e30)
+    if out.dtype is torch.float64: return 0.
+    top = out.amax(-1, keepdim=True)
+    out.sub_(top)
+    return top.double()
 
 def _times(x:Tensor, k:float|Tensor, floor:bool)->Tensor:
     "x k in place."
@@ -102,9 +113,35 @@ def _times(x:Tensor, k:float|Tensor, floor:bool)->Tensor:
 def _one_sided(d:Tensor, kind:str)->Tensor: # bool, (n, 1)
     "Rows with a class that one side alone excludes, unless it is the side that adds nothing to this divergence."
     below, above = d.amin(-1, keepdim=True) < -_FAR / 2, d.amax(-1, keepdim=True) > _FAR / 2
-    return below if _QUICK[kind] is _forward_kl else above if kind == "reverse_kl" else below | above
+    if kind in _LABELLED or _QUICK[kind] is _forward_kl: return below
+    return above if kind == "reverse_kl" else below | above
 
-# %% ../nbs/api/02_closed_forms.ipynb #e5ae8b09
+# %% ../nbs/api/02_closed_forms.ipynb #936d0f5e
+class _Coin(NamedTuple):
+    "The label or not: a question with two answers; numbers of a row are (n, 1) in float64."
+    loss: Tensor # TCKD
+    slope: Tensor # by the label's log-odds
+    slips: tuple[Tensor, Tensor] # what rounding of the sums may do to it, and to the slope
+
+def _slip(total:Tensor, C:int, dtype:torch.dtype)->Tensor:
+    "The error of log(total), for a sum of `C` exponentials of which the largest is 1 (in float64 anything)."
+    log = total.log()
+    return .6 * torch.finfo(dtype).eps / 2 * (2 + math.log(C) + (-log if dtype is torch.float32 else abs(log)))
+
+def _coin(rows:Rows, tops:list, sums:Tensor, form:"_Form")->_Coin:
+    C = rows.student.shape[1]
+    z_s, z_t = (torch.cat([(x.gather(-1, rows.label).double() - top) / rows.T, total.log()], -1)
+                for x, top, total in zip((rows.student, rows.teacher), tops, sums))
+    grad = torch.empty_like(z_s)
+    two = _Form("forward_kl", 0., form.result, torch.float64, memory="coin")
+    loss, _ = _in_blocks(Rows(z_s, z_t, None, None, 1., 1., 0.), two, grad)
+    slip_s, slip_t = (_slip(x, C, form.dtype) for x in sums)
+    odds_s, odds_t = (z[:, :1] - z[:, 1:] for z in (z_s, z_t))
+    spread_s, spread_t = (odds.sigmoid() * (-odds).sigmoid() for odds in (odds_s, odds_t))
+    slips = grad[:, :1].abs() * slip_s + (spread_t * (odds_s - odds_t)).abs() * slip_t, spread_s * slip_s + spread_t * slip_t
+    return _Coin(loss, grad[:, :1], slips)
+
+# %% ../nbs/api/02_closed_forms.ipynb #2c852785
 class _Arrays(NamedTuple):
     "Memory for a block of rows."
     both: Tensor # a and b in one, (2, n, C)
@@ -124,20 +161,27 @@ class _Soft(NamedTuple):
     factors: Tensor # f_a and f_b, (2, n, 1)
     sums: Tensor # of the student's and the teacher's exponentials, (2, n, 1)
     lost: Tensor|None # rows that this form cannot do
+    label: Tensor|None = None # the gradient for the label, of dkd
+    slips: tuple|None = None # what rounding may do to TCKD and its slope
 
-def _quick_soft(rows:Rows, kind:str, mix:float, arrays:_Arrays, floor:bool)->_Soft:
+def _quick_soft(rows:Rows, form:"_Form", arrays:_Arrays)->_Soft:
     both, a, b, d, w = arrays
-    _exponents(rows.student, a), _exponents(rows.teacher, b)
-    _times(both, 1 / _LN2 / rows.T, floor)
+    kind, labelled = form.kind, form.kind in _LABELLED
+    tops = [_without(rows.label, x, y) if labelled else _exponents(x, y) for x, y in ((rows.student, a), (rows.teacher, b))]
+    _times(both, 1 / _LN2 / rows.T, form.floor)
     torch.sub(a, b, out=d)
-    lost = _one_sided(d, kind) if floor else None
-    with_entropy = kind == "soft_cross_entropy"
+    lost = _one_sided(d, kind) if form.floor else None
+    with_entropy = kind in ("soft_cross_entropy", "nkd")
     if with_entropy: w.copy_(b)
     sums = _total(both.exp2_())
-    bits, factors = _QUICK[kind](a, b, d, w, sums, mix)
+    bits, factors = (_forward_kl if labelled else _QUICK[kind])(a, b, d, w, sums, form.mix)
     divergence = loss = bits * _LN2
     if with_entropy: loss = loss + sums[1].log() - _LN2 * _total(w.mul_(b)) / sums[1]
-    return _Soft(loss, divergence, factors, sums, lost)
+    if not labelled: return _Soft(loss, divergence, factors, sums, lost)
+    if kind == "nkd": return _Soft(rows.others * loss, divergence, factors * rows.others, sums, lost)
+    coin, alpha = _coin(rows, tops, sums, form), form.mix
+    factors = torch.stack((rows.others - alpha * coin.slope, rows.others + 0 * coin.slope)) * factors
+    return _Soft(alpha * coin.loss + rows.others * loss, divergence, factors, sums, lost, alpha * coin.slope, coin.slips)
 
 # %% ../nbs/api/02_closed_forms.ipynb #696a33ec
 def _quick_hard(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor]: # both (n, 1), float64
@@ -148,29 +192,38 @@ def _quick_hard(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor]: # both 
     h.scatter_(-1, rows.target, -others.to(h.dtype))
     return (others / label).log1p_(), others + label
 
-# %% ../nbs/api/02_closed_forms.ipynb #19f4decd
-_SINGLE = {"forward_kl": (.15, math.inf), "soft_cross_entropy": (.15, math.inf), "reverse_kl": (.1, 3.)} # see _sure
+# %% ../nbs/api/02_closed_forms.ipynb #bcd2235d
+_SINGLE = {"forward_kl": (.15, math.inf), "soft_cross_entropy": (.15, math.inf), "reverse_kl": (.1, 3.), "dkd": (.15, math.inf),
+           "nkd": (.15, math.inf)} # see _sure
 _LEAST = {torch.float32: 1e-8, torch.float64: 1e-4} # the least divergence for float64, by dtype of the result
 
 def _all_sure(soft:_Soft, form:"_Form")->bool:
     "Do all rows pass `_sure`? The short answer for small batches."
     if form.dtype is not torch.float64 or soft.lost is not None: return False
     least, most = soft.divergence.aminmax()
+    if soft.label is not None: return False
     return least.item() > _LEAST[form.result] and most.item() < math.inf
 
-def _sure(soft:_Soft, gradient:Tensor|None, factor:float|Tensor, form:"_Form")->Tensor: # bool, (n, 1)
+def _sure(soft:_Soft, gradient:Tensor|None, factor:float|Tensor, others:float|Tensor, form:"_Form")->Tensor: # bool, (n, 1)
     "Rows of which the divergence and its gradient are finite and have all their digits."
     if form.dtype is torch.float64:
         sure = (soft.divergence > _LEAST[form.result]) & (soft.divergence < torch.inf)
+        if soft.label is not None:
+            sure = (sure | (others == 0)) & (soft.loss < torch.inf)
+            sure &= soft.loss.abs() > abs(form.mix) * soft.slips[0] / (1e-6 if form.result is torch.float32 else 1e-10)
         return sure if soft.lost is None else sure & ~soft.lost
     share, most = _SINGLE[form.kind] # the gradient's of the largest probability, and the divergence where v is too large
     largest = soft.sums.amin(0).reciprocal() # as exponents go up to 0
-    sure = (soft.divergence > .1 * largest.sqrt() + .005) & (soft.divergence < most)
+    least, share = .1 * largest.sqrt() + .005, share * largest
+    if soft.label is None: sure = (soft.divergence > least) & (soft.divergence < most)
+    else:
+        slip, slope_slip = (1e6 * abs(form.mix) * x for x in soft.slips)
+        sure, share = (soft.loss.abs() > abs(others) * least + slip) & (soft.loss < torch.inf), abs(others) * share + slope_slip
     if gradient is None: return sure
     top = torch.maximum(gradient.amax(-1, keepdim=True), -gradient.amin(-1, keepdim=True))
-    return sure & (top >= share * abs(factor) * largest)
+    return sure & (top >= share * abs(factor))
 
-# %% ../nbs/api/02_closed_forms.ipynb #b441f887
+# %% ../nbs/api/02_closed_forms.ipynb #a7a97699
 class _Form(NamedTuple):
     "How rows are computed: what of, and with how much care."
     kind: str # the divergence
@@ -178,23 +231,51 @@ class _Form(NamedTuple):
     result: torch.dtype # of the loss: float32 or float64
     dtype: torch.dtype # to compute in
     floor: bool = False # let a number stand for infinity
+    memory: str = "arrays" # see `scratch`
 
+def _quick_divergence(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple:
+    "Losses (n, 1), their gradient, in `grad` if its dtype allows, and which rows are good, None for all."
+    soft, g, good = _quick_soft(rows, form, arrays), None, None
+    if grad is not None:
+        _times(arrays.both, soft.factors * rows.soft, False)
+        g = torch.sub(arrays.a, arrays.b, out=grad if grad.dtype is form.dtype else arrays.a)
+        if soft.label is not None: g.scatter_(-1, rows.label, (soft.label * rows.soft).to(g.dtype))
+    if not _all_sure(soft, form):
+        good = _sure(soft, g, rows.soft * rows.others if form.kind == "nkd" else rows.soft, rows.others, form)
+    return soft.loss, g, good
+
+def _quick_squares(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple:
+    "The same for logits themselves."
+    a, b = arrays.a.copy_(rows.student), arrays.b.copy_(rows.teacher)
+    a.sub_(b)
+    if form.mix: a.sub_(a.mean(-1, keepdim=True))
+    loss = _total(torch.mul(a, a, out=b)) / (rows.T * rows.T)
+    if grad is not None: _times(a, 2 * rows.soft / rows.T, False)
+    return loss, None if grad is None else a, None if loss.sum().item() < math.inf else loss < torch.inf
+
+def _quick_label(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor, Tensor]: # (n, 1) each
+    "NKD's term of the label: the teacher's probability of it, and what `_quick_hard` says of the student."
+    certain, _ = _quick_hard(rows._replace(student=rows.teacher, target=rows.label), h, floor)
+    return (-certain).exp_(), *_quick_hard(rows._replace(target=rows.label), h, floor)
+
+# %% ../nbs/api/02_closed_forms.ipynb #64230484
 def _quick(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple[Tensor|None, Tensor|None, Tensor|None]:
     "Soft and hard losses (n, 1), and which rows are good, None for all; their gradient goes to `grad`."
     soft = hard = g = good = None
     if rows.teacher is not None:
-        soft = _quick_soft(rows, form.kind, form.mix, arrays, form.floor)
+        soft, g, good = (_quick_squares if form.kind == "logit_mse" else _quick_divergence)(rows, form, arrays, grad)
+    nkd = soft is not None and form.kind == "nkd"
+    if nkd or rows.target is not None:
+        weight, h = rows.hard, arrays.w
+        if nkd:
+            p, hard, S = _quick_label(rows, h, form.floor)
+            weight, soft = weight + p * rows.soft * rows.T, soft + p * hard
+        else: hard, S = _quick_hard(rows, h, form.floor)
         if grad is not None:
-            _times(arrays.both, soft.factors * rows.soft, False)
-            g = torch.sub(arrays.a, arrays.b, out=grad if grad.dtype is form.dtype else arrays.a)
-        if not _all_sure(soft, form): good = _sure(soft, g, rows.soft, form)
-        soft = soft.loss
-    if rows.target is not None:
-        hard, S = _quick_hard(rows, h := arrays.w, form.floor)
-        if grad is not None:
-            h.mul_((rows.hard / S).to(h.dtype))
+            h.mul_((weight / S).to(h.dtype))
             g = h if g is None else g.add_(h)
         if not hard.sum().item() < math.inf: good = hard < torch.inf if good is None else good & (hard < torch.inf)
+        if rows.target is None: hard = None
     if grad is not None and g is not grad: grad.copy_(g)
     return soft, hard, good
 
@@ -213,16 +294,26 @@ def _slope(kind:str, p, q, v, d, mix:float)->Tensor:
     if kind == "jsd": return (1 - mix) * _log_to_mix(v, 1 - mix)
     return _log_to_mix(v, mix) - mix * (1 - mix) * u / (1 + mix * u) # skew_reverse_kl
 
-# %% ../nbs/api/02_closed_forms.ipynb #d53140b6
+# %% ../nbs/api/02_closed_forms.ipynb #1eb4324a
+def _careful_forward(s:Tensor, t:Tensor, T, with_entropy:bool)->tuple[Tensor, Tensor, tuple]:
+    "Forward KL or soft cross-entropy (n,), its gradient by z / T, and what `reference` says of the two."
+    p, q, v, d = compared = reference._compare(s, t, T)
+    no_s, no_t = reference._exclusions(s, t)
+    value = reference._kl_to_mix(p, q, v, d, 0) + reference._infinite((no_s & ~no_t).any(-1))
+    if with_entropy:
+        log_p = reference._log_softmax(t, T)
+        value = value - reference._sum(p * log_p.masked_fill(p == 0, 0))
+    return value, d + 0 * q, compared # q has what spoils a row
+
 def _careful_soft(rows:Rows, kind:str, mix:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "The divergence (n,), and its gradient by z / T."
     s, t = rows.student.to(wide), rows.teacher.to(wide)
     T = rows.T.to(wide) if isinstance(rows.T, Tensor) else rows.T
+    if kind in ("forward_kl", "soft_cross_entropy"): return _careful_forward(s, t, T, kind != "forward_kl")[:2]
     mixes = [mix] * (kind in MIXED)
     value = getattr(reference, f"stable_{kind}")(s, t, T, *mixes)
     if not need_grad: return value, None
     p, q, v, d = reference._compare(s, t, T)
-    if kind in ("forward_kl", "soft_cross_entropy"): return value, d + 0 * q # q has what spoils a row
     h = (q * _slope(kind, p, q, v, d, mix)).masked_fill(q == 0, 0)
     grad = h - q * reference._sum(h, keepdim=True).to(wide)
     if kind == "reverse_kl": grad = grad.masked_fill((t.isneginf() & ~s.isneginf()).any(-1, keepdim=True), torch.nan)
@@ -239,7 +330,44 @@ def _careful_hard(rows:Rows, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Te
     grad = log_q.exp().scatter(-1, label, log_q.gather(-1, label).expm1())
     return value, grad.masked_fill(outside, torch.nan)
 
-# %% ../nbs/api/02_closed_forms.ipynb #b5acb6ff
+# %% ../nbs/api/02_closed_forms.ipynb #26087b2c
+def _careful_labelled(rows:Rows, kind:str, alpha:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
+    "DKD or NKD (n,), and its gradient by z / T; both NaN for a label out of range."
+    T, others = (x.to(wide) if isinstance(x, Tensor) else x for x in (rows.T, rows.others))
+    outside = (rows.label < 0) | (rows.label >= rows.student.shape[1])
+    label = rows.label.masked_fill(outside, 0)
+    whole = [x.to(wide) for x in (rows.student, rows.teacher)]
+    less = [x.scatter(-1, label, -torch.inf) for x in whole]
+    alone = (less[0].isneginf() & less[1].isneginf()).all(-1, keepdim=True)
+    s, t = (x.masked_fill(alone, 0) for x in less)
+    value, grad, compared = _careful_forward(s, t, T, kind == "nkd")
+    value = others * value.unsqueeze(-1).masked_fill(alone, 0)
+    if need_grad: grad = others * grad
+    if kind == "dkd":
+        coins = logit_reference._coins(whole, less, label, alone, T)
+        coin, slope, _ = _careful_forward(*logit_reference._apart(coins, whole, (s, t), label, compared, T), 1., False)
+        value, slope = alpha * coin.unsqueeze(-1) + value, alpha * slope[:, :1]
+        if need_grad: grad = (grad - slope * compared[1].masked_fill(alone, 0)).scatter(-1, label, slope)
+    else:
+        certain, _ = _careful_hard(rows._replace(student=rows.teacher, target=label), wide, False)
+        hard, h = _careful_hard(rows._replace(target=label), wide, need_grad)
+        p = (-certain).exp()
+        value = value + (p * hard.masked_fill(p == 0, 0)).unsqueeze(-1)
+        if need_grad: grad = grad + T * p.unsqueeze(-1) * h
+    value = value.masked_fill(outside, torch.nan).squeeze(-1)
+    return value, grad.masked_fill(outside, torch.nan) if need_grad else None
+
+def _careful_squares(rows:Rows, kind:str, center:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
+    "`logit_mse` (n,), and its gradient by z / T."
+    s, t = rows.student.detach().to(wide), rows.teacher.to(wide)
+    T = rows.T.to(wide) if isinstance(rows.T, Tensor) else rows.T
+    if not need_grad: return reference.logit_mse(s, t, T, center), None
+    with torch.enable_grad():
+        s = s.requires_grad_()
+        value = reference.logit_mse(s, t, T, center)
+        return value.detach(), torch.autograd.grad(value.sum(), s)[0] * T
+
+# %% ../nbs/api/02_closed_forms.ipynb #22425f48
 def _careful(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|None]:
     "Soft and hard losses (n, 1) by the careful form; their gradient goes to `grad`."
     if rows.valid is not None:
@@ -247,7 +375,8 @@ def _careful(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor
                              teacher=None if rows.teacher is None else rows.teacher.masked_fill(~rows.valid, 0))
     soft = hard = g = None
     if rows.teacher is not None:
-        soft, g = _careful_soft(rows, form.kind, form.mix, form.dtype, grad is not None)
+        ask = _careful_labelled if form.kind in _LABELLED else _careful_squares if form.kind == "logit_mse" else _careful_soft
+        soft, g = ask(rows, form.kind, form.mix, form.dtype, grad is not None)
         soft = soft.unsqueeze(-1)
         if grad is not None: g = g * rows.soft
     if rows.target is not None:
@@ -257,7 +386,7 @@ def _careful(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor
     if grad is not None: grad.copy_(g)
     return soft, hard
 
-# %% ../nbs/api/02_closed_forms.ipynb #64174862
+# %% ../nbs/api/02_closed_forms.ipynb #9e3e69ae
 _BLOCK = 2**19 # bytes of an array for each thread
 _SMALL = 2**14, 256 # fewer elements or classes: float64 at once
 _ON_GPU = 2**22 # elements of a block there: its thirty temporary arrays take half a gigabyte
@@ -266,7 +395,8 @@ def _first_form(rows:Rows, kind:str, mix:float, result:torch.dtype)->_Form:
     "How to begin."
     small = rows.student.numel() <= _SMALL[0] or rows.student.shape[1] < _SMALL[1]
     kind = _ENDS.get((kind, mix), kind)
-    double = result is torch.float64 or small or kind not in _SINGLE
+    single = kind in _SINGLE or kind == "logit_mse" and not mix
+    double = result is torch.float64 or small or not single
     return _Form(kind, mix, result, torch.float64 if double else torch.float32)
 
 def _with_more_care(rows:Rows, form:_Form, good:Tensor, losses:tuple, grad:Tensor|None)->None:
@@ -297,7 +427,7 @@ def empty_cache()->None:
     "Free the arrays that this thread keeps."
     vars(_kept).clear()
 
-# %% ../nbs/api/02_closed_forms.ipynb #2eb1d63c
+# %% ../nbs/api/02_closed_forms.ipynb #a77092f3
 def _block(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple[list, bool]:
     "Soft and hard losses (n, 1) of one block, and were most of its rows good at once?"
     *losses, good = _quick(rows, form, arrays, grad)
@@ -310,7 +440,7 @@ def _in_blocks(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tens
     "Soft and hard losses (n, 1) on the CPU."
     n, C = rows.student.shape
     step = min(n, max(1, _BLOCK * torch.get_num_threads() // (C * form.dtype.itemsize)))
-    arrays = _Arrays.of(scratch((4, step, C), form.dtype, "arrays"))
+    arrays = _Arrays.of(scratch((4, step, C), form.dtype, form.memory))
     if step == n: return _block(rows, form, arrays, grad)[0]
     found = tuple(None if x is None else torch.empty(n, 1, dtype=torch.float64) for x in (rows.teacher, rows.target))
     for i in range(0, n, step):
@@ -335,11 +465,11 @@ def _on_gpu(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|
         found.append(_careful(rows.at(slice(i, i + step)), form, None if grad is None else grad[i:i + step]))
     return tuple(None if x[0] is None else torch.cat(x) for x in zip(*found))
 
-# %% ../nbs/api/02_closed_forms.ipynb #cf003d6f
+# %% ../nbs/api/02_closed_forms.ipynb #00995c69
 def rows_and_gradient(
     rows:Rows, # at least one row and one class
     kind:str, # one of KINDS
-    mix:float, # its beta or alpha, 0 for those that have none
+    mix:float, # its beta or alpha, 0 for those that have none; 1 where logit_mse centres
     result:torch.dtype, # of the loss: float32 or float64, to which its digits are held
     grad:Tensor|None, # filled with the gradient, (n, C), contiguous; None: nobody needs it
 )->tuple[Tensor|None, Tensor|None]: # soft and hard losses, (n, 1), without their factors, 0 where a row does not count
