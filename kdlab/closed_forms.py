@@ -141,7 +141,7 @@ def _coin(rows:Rows, tops:list, sums:Tensor, form:"_Form")->_Coin:
     slips = grad[:, :1].abs() * slip_s + (spread_t * (odds_s - odds_t)).abs() * slip_t, spread_s * slip_s + spread_t * slip_t
     return _Coin(loss, grad[:, :1], slips)
 
-# %% ../nbs/api/02_closed_forms.ipynb #2c852785
+# %% ../nbs/api/02_closed_forms.ipynb #4f5c3039
 class _Arrays(NamedTuple):
     "Memory for a block of rows."
     both: Tensor # a and b in one, (2, n, C)
@@ -154,6 +154,7 @@ class _Arrays(NamedTuple):
     def of(cls, x:Tensor)->"_Arrays": # (4, n, C)
         return cls(x[:2], *x.unbind())
 
+# %% ../nbs/api/02_closed_forms.ipynb #7fe66baf
 class _Soft(NamedTuple):
     "The divergence of some rows in the quick form; numbers of a row are (n, 1) in float64."
     loss: Tensor # what was asked for
@@ -164,6 +165,7 @@ class _Soft(NamedTuple):
     label: Tensor|None = None # the gradient for the label, of dkd
     slips: tuple|None = None # what rounding may do to TCKD and its slope
 
+# %% ../nbs/api/02_closed_forms.ipynb #6cdfb984
 def _quick_soft(rows:Rows, form:"_Form", arrays:_Arrays)->_Soft:
     both, a, b, d, w = arrays
     kind, labelled = form.kind, form.kind in _LABELLED
@@ -192,11 +194,12 @@ def _quick_hard(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor]: # both 
     h.scatter_(-1, rows.target, -others.to(h.dtype))
     return (others / label).log1p_(), others + label
 
-# %% ../nbs/api/02_closed_forms.ipynb #bcd2235d
+# %% ../nbs/api/02_closed_forms.ipynb #63893e6e
 _SINGLE = {"forward_kl": (.15, math.inf), "soft_cross_entropy": (.15, math.inf), "reverse_kl": (.1, 3.), "dkd": (.15, math.inf),
            "nkd": (.15, math.inf)} # see _sure
 _LEAST = {torch.float32: 1e-8, torch.float64: 1e-4} # the least divergence for float64, by dtype of the result
 
+# %% ../nbs/api/02_closed_forms.ipynb #482e12e9
 def _all_sure(soft:_Soft, form:"_Form")->bool:
     "Do all rows pass `_sure`? The short answer for small batches."
     if form.dtype is not torch.float64 or soft.lost is not None: return False
@@ -204,6 +207,7 @@ def _all_sure(soft:_Soft, form:"_Form")->bool:
     if soft.label is not None: return False
     return least.item() > _LEAST[form.result] and most.item() < math.inf
 
+# %% ../nbs/api/02_closed_forms.ipynb #5e14b835
 def _sure(soft:_Soft, gradient:Tensor|None, factor:float|Tensor, others:float|Tensor, form:"_Form")->Tensor: # bool, (n, 1)
     "Rows of which the divergence and its gradient are finite and have all their digits."
     if form.dtype is torch.float64:
@@ -223,7 +227,7 @@ def _sure(soft:_Soft, gradient:Tensor|None, factor:float|Tensor, others:float|Te
     top = torch.maximum(gradient.amax(-1, keepdim=True), -gradient.amin(-1, keepdim=True))
     return sure & (top >= share * abs(factor))
 
-# %% ../nbs/api/02_closed_forms.ipynb #a7a97699
+# %% ../nbs/api/02_closed_forms.ipynb #3ed1138d
 class _Form(NamedTuple):
     "How rows are computed: what of, and with how much care."
     kind: str # the divergence
@@ -233,6 +237,7 @@ class _Form(NamedTuple):
     floor: bool = False # let a number stand for infinity
     memory: str = "arrays" # see `scratch`
 
+# %% ../nbs/api/02_closed_forms.ipynb #82db2d1a
 def _quick_divergence(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple:
     "Losses (n, 1), their gradient, in `grad` if its dtype allows, and which rows are good, None for all."
     soft, g, good = _quick_soft(rows, form, arrays), None, None
@@ -244,6 +249,7 @@ def _quick_divergence(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->
         good = _sure(soft, g, rows.soft * rows.others if form.kind == "nkd" else rows.soft, rows.others, form)
     return soft.loss, g, good
 
+# %% ../nbs/api/02_closed_forms.ipynb #b1f81c88
 def _quick_squares(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple:
     "The same for logits themselves."
     a, b = arrays.a.copy_(rows.student), arrays.b.copy_(rows.teacher)
@@ -253,6 +259,7 @@ def _quick_squares(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tup
     if grad is not None: _times(a, 2 * rows.soft / rows.T, False)
     return loss, None if grad is None else a, None if loss.sum().item() < math.inf else loss < torch.inf
 
+# %% ../nbs/api/02_closed_forms.ipynb #f54cf96f
 def _quick_label(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor, Tensor]: # (n, 1) each
     "NKD's term of the label: the teacher's probability of it, and what `_quick_hard` says of the student."
     certain, _ = _quick_hard(rows._replace(student=rows.teacher, target=rows.label), h, floor)
@@ -330,7 +337,7 @@ def _careful_hard(rows:Rows, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Te
     grad = log_q.exp().scatter(-1, label, log_q.gather(-1, label).expm1())
     return value, grad.masked_fill(outside, torch.nan)
 
-# %% ../nbs/api/02_closed_forms.ipynb #26087b2c
+# %% ../nbs/api/02_closed_forms.ipynb #64be659d
 def _careful_labelled(rows:Rows, kind:str, alpha:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "DKD or NKD (n,), and its gradient by z / T; both NaN for a label out of range."
     T, others = (x.to(wide) if isinstance(x, Tensor) else x for x in (rows.T, rows.others))
@@ -357,6 +364,7 @@ def _careful_labelled(rows:Rows, kind:str, alpha:float, wide:torch.dtype, need_g
     value = value.masked_fill(outside, torch.nan).squeeze(-1)
     return value, grad.masked_fill(outside, torch.nan) if need_grad else None
 
+# %% ../nbs/api/02_closed_forms.ipynb #f43104fc
 def _careful_squares(rows:Rows, kind:str, center:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "`logit_mse` (n,), and its gradient by z / T."
     s, t = rows.student.detach().to(wide), rows.teacher.to(wide)
@@ -427,7 +435,7 @@ def empty_cache()->None:
     "Free the arrays that this thread keeps."
     vars(_kept).clear()
 
-# %% ../nbs/api/02_closed_forms.ipynb #a77092f3
+# %% ../nbs/api/02_closed_forms.ipynb #896f4066
 def _block(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple[list, bool]:
     "Soft and hard losses (n, 1) of one block, and were most of its rows good at once?"
     *losses, good = _quick(rows, form, arrays, grad)
@@ -436,6 +444,7 @@ def _block(rows:Rows, form:_Form, arrays:_Arrays, grad:Tensor|None)->tuple[list,
     _with_more_care(rows, form, good, losses, grad)
     return losses, 2 * int(good.sum()) > len(good)
 
+# %% ../nbs/api/02_closed_forms.ipynb #a644a4a1
 def _in_blocks(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|None]:
     "Soft and hard losses (n, 1) on the CPU."
     n, C = rows.student.shape
@@ -457,6 +466,7 @@ def _in_blocks(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tens
         break
     return found
 
+# %% ../nbs/api/02_closed_forms.ipynb #3e9cb965
 def _on_gpu(rows:Rows, form:_Form, grad:Tensor|None)->tuple[Tensor|None, Tensor|None]:
     "The same without a look at values."
     n, C = rows.student.shape

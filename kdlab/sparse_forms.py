@@ -13,7 +13,7 @@ from torch import Tensor
 from . import closed_forms, reference, sparse_reference
 from .sparse_reference import TAILS, rest_of
 
-# %% ../nbs/api/03_sparse_forms.ipynb #4914c492
+# %% ../nbs/api/03_sparse_forms.ipynb #e1d82c7a
 class Rows(NamedTuple):
     "Some rows of a question. What is not one number for all of them has a number for each, (n, 1)."
     student: Tensor # logits, (n, C)
@@ -27,6 +27,7 @@ class Rows(NamedTuple):
         "The rows at an index or a slice."
         return Rows(*(x[index] if isinstance(x, Tensor) and x.dim() else x for x in self))
 
+# %% ../nbs/api/03_sparse_forms.ipynb #f6cc5ab5
 class _Form(NamedTuple):
     "How rows are computed."
     kind: str # forward_kl or reverse_kl
@@ -35,13 +36,14 @@ class _Form(NamedTuple):
     dtype: torch.dtype # of the C classes
     aim: float # the relative error that may be; 0: nobody looks
 
-# %% ../nbs/api/03_sparse_forms.ipynb #aaade3e9
+# %% ../nbs/api/03_sparse_forms.ipynb #bc7c0ad1
 class _Kept(NamedTuple):
     "Where a row's classes are."
     ids: Tensor # (n, k)
     slot: Tensor|None # (n, k), the entry whose value belongs there; None: its own
     none: Tensor|None # bool, (n, 1), rows of which nothing was kept; None: there is no padding
 
+# %% ../nbs/api/03_sparse_forms.ipynb #dd30eaf1
 def _kept(log_probs:Tensor, ids:Tensor)->_Kept:
     (n, k), kept = ids.shape, ~log_probs.isneginf()
     if k == 0: return _Kept(ids, None, kept.new_ones(n, 1))
@@ -50,6 +52,7 @@ def _kept(log_probs:Tensor, ids:Tensor)->_Kept:
     none = ~kept.any(-1, keepdim=True)
     return _Kept(ids.gather(-1, slot).masked_fill(none, 0), slot, none)
 
+# %% ../nbs/api/03_sparse_forms.ipynb #a6952a0d
 def _put(x:Tensor, kept:_Kept, values:float|Tensor)->None:
     "Write to the kept classes of `x`."
     if kept.ids.shape[-1] == 0: return
@@ -58,13 +61,14 @@ def _put(x:Tensor, kept:_Kept, values:float|Tensor)->None:
         values = torch.where(kept.none, x[:, :1], values)
     x.scatter_(-1, kept.ids, values)
 
-# %% ../nbs/api/03_sparse_forms.ipynb #3e9cfe5a
+# %% ../nbs/api/03_sparse_forms.ipynb #52641bc4
 def _total(x:Tensor)->Tensor: # (n, 1), float64 where the device has it
     n, C = x.shape
     if x.dtype is not torch.float32 or C < 256 or x.device.type != "cpu": return reference._sum(x, keepdim=True)
     h = C // 16
     return reference._sum(x[:, :16 * h].view(n, 16, h).sum(1), keepdim=True) + reference._sum(x[:, 16 * h:], keepdim=True)
 
+# %% ../nbs/api/03_sparse_forms.ipynb #5ab907e2
 class _Tail(NamedTuple):
     "The student's tail; numbers of a row are (n, 1)."
     top: Tensor # its largest logit, -inf if it has none
@@ -72,6 +76,7 @@ class _Tail(NamedTuple):
     mean: Tensor|None # of (z - top) / T over it, for a flat teacher
     count: Tensor|None # classes in it, likewise
 
+# %% ../nbs/api/03_sparse_forms.ipynb #61cb4c02
 def _tail(rows:Rows, kept:_Kept, form:_Form, out:Tensor)->_Tail:
     "What the loss needs of the tail, and exp(z - top) in `out`, 0 for the kept classes."
     _put(out.copy_(rows.student), kept, -math.inf)
@@ -86,9 +91,10 @@ def _tail(rows:Rows, kept:_Kept, form:_Form, out:Tensor)->_Tail:
     closed_forms._times(out, 1 / math.log(2) / rows.T, False).exp2_()
     return _Tail(top.to(form.wide), _total(out).to(form.wide), mean, count)
 
-# %% ../nbs/api/03_sparse_forms.ipynb #11f34830
+# %% ../nbs/api/03_sparse_forms.ipynb #4a7a606c
 _NOTHING = -1e5 # exp of it is 0, in float64 as well
 
+# %% ../nbs/api/03_sparse_forms.ipynb #55c16a79
 def _pairs(rows:Rows, kept:_Kept, tail:_Tail, form:_Form)->tuple[Tensor, Tensor, Tensor]:
     "Logits of the student and log-probabilities of the teacher, (n, k + 1), and the rest, (n, 1)."
     at = rows.student.gather(-1, kept.ids).to(form.wide)
@@ -104,6 +110,7 @@ def _pairs(rows:Rows, kept:_Kept, tail:_Tail, form:_Form)->tuple[Tensor, Tensor,
     both = no_p & (z == -math.inf)
     return z.masked_fill(both, _NOTHING), log_p.masked_fill(no_p if form.kind == "forward_kl" else both, _NOTHING), rest
 
+# %% ../nbs/api/03_sparse_forms.ipynb #6fd47279
 class _Small(NamedTuple):
     "The loss of the k + 1 classes; numbers of a row are (n, 1)."
     loss: Tensor
@@ -111,6 +118,7 @@ class _Small(NamedTuple):
     q: Tensor # the student's probabilities, (n, k + 1)
     rest: Tensor
 
+# %% ../nbs/api/03_sparse_forms.ipynb #6ada1460
 def _small(rows:Rows, kept:_Kept, tail:_Tail, form:_Form)->_Small:
     "All of it but the flat tail's gradient."
     z, log_p, rest = _pairs(rows, kept, tail, form)
@@ -171,10 +179,11 @@ def _whole(rows:Rows, form:_Form, grad:Tensor|None)->Tensor: # (n, 1)
     dense = closed_forms.Rows(student, teacher.mul_(rows.T), None, None, rows.T, rows.factor, 0.)
     return closed_forms.rows_and_gradient(dense, form.kind, 0., form.wide, grad)[0]
 
-# %% ../nbs/api/03_sparse_forms.ipynb #cd1c0d92
+# %% ../nbs/api/03_sparse_forms.ipynb #c5decc5d
 _BLOCK = 2**22 # bytes of an array for each thread
 _AIMS = {torch.float32: 7e-7, torch.float64: 1e-12} # by dtype of the result
 
+# %% ../nbs/api/03_sparse_forms.ipynb #4c46da75
 def _block(rows:Rows, form:_Form, out:Tensor, grad:Tensor|None)->tuple[Tensor, bool]: # (n, 1)
     "Losses of one block, and were most of its rows good at once?"
     if form.tail == "uniform" and (form.kind == "reverse_kl" or not form.aim): return _whole(rows, form, grad), True
