@@ -1,6 +1,7 @@
 """The house is in order: exports in step, notebooks clean, the import light, the package whole."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,13 @@ def test_the_readme_is_the_index_notebook():
     try: from readme import readme
     finally: sys.path.pop(0)
     assert (ROOT / "README.md").read_text() == readme(), "run `make export`"
+
+
+def test_the_readme_lists_the_environment_variables():
+    sources = [ROOT / "setup.py", *(ROOT / "kdlab").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
+    read = {name for path in sources for name in re.findall(r'(?:environ(?:ment)?\.get|getenv|choice_of)\("(KDLAB_\w+)"', path.read_text())}
+    listed = set(re.findall(r"`(KDLAB_\w+)`", (ROOT / "README.md").read_text()))
+    assert len(read) > 5 and read == listed
 
 
 def test_the_import_is_light():
