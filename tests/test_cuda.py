@@ -361,7 +361,8 @@ def test_excluded_classes_and_spoilt_rows(device, name, options, C):
     got, got_grad = run(device, name, options, s, t, T=2., reduction="none")
     want, want_grad = oracle(name, options, s, t, 2.)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0, equal_nan=True)
-    torch.testing.assert_close(got_grad.double(), want_grad, rtol=1e-5, atol=1e-6, equal_nan=True)
+    rows = slice(None) if name == "logit_mse" else [0, 1, 2, 7] # the others are wholly NaN, whatever autograd makes of them
+    torch.testing.assert_close(got_grad[rows].double(), want_grad[rows], rtol=1e-5, atol=1e-6, equal_nan=True)
     if name != "logit_mse": assert got[3:7].isnan().all() and got_grad[3:7].isnan().all()
     assert got[7].isfinite()
 

@@ -90,9 +90,15 @@ struct Finish {
         double slope = 0, all = 0;
         part.template each_one<kHeld>(team, [&](int, R s, R t) {
             const Pair<R> pair = compare<kClose>(s, t, row);
-            total += value_of<kKind, kClose>(pair, row.mix);
-            if (kKind == KDLAB_FORWARD_KL || kKind == KDLAB_REVERSE_KL) return;
-            slope += weighted_slope<kKind, kClose>(pair, row.mix);
+            if constexpr (kKind == KDLAB_FORWARD_KL || kKind == KDLAB_REVERSE_KL) {
+                total += value_of<kKind, kClose>(pair, row.mix);
+                return;
+            }
+            Share<R> share;
+            if constexpr (kClose) share = {value_of<kKind, true>(pair, row.mix), slope_of<kKind, true>(pair, row.mix)};
+            else share = plain_share_of<kKind>(pair, row.mix);
+            total += share.value;
+            slope += weighted_slope(pair.q, share.slope);
             all += double(pair.q);
         });
         x[0] = total;

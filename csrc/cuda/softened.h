@@ -276,12 +276,28 @@ KDLAB_BOTH R slope_of(const Pair<R>& x, R mix) {
     }
 }
 
+// Value and slope at once, where they have a logarithm in common: log(p / m) and log(q / m) as they stand
+template <class R> struct Share { R value, slope; };
+
+template <int kKind, class R>
+KDLAB_BOTH Share<R> plain_share_of(const Pair<R>& x, R mix) {
+    const R rest = 1 - mix;
+    if (kKind == KDLAB_JSD) {
+        const R m = fused(mix, x.p, rest * x.q), q_over = log(ratio(x.q, m)), p_over = log(ratio(x.p, m));
+        const R of_p = x.p > 0 ? mix * x.p * p_over : 0, of_q = x.q > 0 ? rest * x.q * q_over : 0;
+        return {of_p + of_q, rest * q_over};
+    }
+    if (kKind == KDLAB_SKEW_REVERSE_KL && rest != 0) {
+        const R m = fused(mix, x.q, rest * x.p), over = log(ratio(x.q, m)), of_q = x.q > 0 ? x.q * over : 0;
+        return {fused(-rest, x.d, of_q), over - mix * rest * ratio(x.d, m)};
+    }
+    return {value_of<kKind, false>(x, mix), slope_of<kKind, false>(x, mix)};
+}
+
 // q psi, where a class that the student excludes has none. Exact, and summed in double: where one class has most of the
 // mass, its psi nearly cancels against the sum.
-template <int kKind, bool kClose, class R>
-KDLAB_BOTH double weighted_slope(const Pair<R>& x, R mix) {
-    return x.q == 0 ? 0 : double(x.q) * double(slope_of<kKind, kClose>(x, mix));
-}
+template <class R>
+KDLAB_BOTH double weighted_slope(R q, R slope) { return q == 0 ? 0 : double(q) * double(slope); }
 
 template <class R>
 struct Slope {                          // the sum of the weighted slopes, as high + low
