@@ -11,7 +11,7 @@ from kdlab.figures.temperature import temperature_lens
 from kdlab.widgets.gallery import EXHIBITS
 from kdlab.widgets.kit import KDWidget
 
-N, OPTIONS = 12, ("hide", "T", "epochs", "options", "budget", "deal_seed", "state", "alphas", "temperatures")
+N, OPTIONS = 12, ("hide", "T", "epochs", "options", "budget", "deal_seed", "state")
 UNREAD = {("live", "teacher"), ("live", "train"), ("live", "valid")}  # kd.distill reads them, when Start is pressed
 BAD = {
     "five dimensions": np.zeros((2, 3, 4, 5, 6)), "no dimension": 7.5, "words": [["a"] * 10] * N, "an object": object(),
@@ -124,6 +124,40 @@ def test_a_thousand_classes(exhibit, name):
         if name[1:5] == "axis": assert len(axis.get("ticktext", ())) <= 21, name
     lists = [c for c in view.panel.controls if c["kind"] == "choice"]
     assert all(len(c["values"]) <= 1001 for c in lists)
+
+
+RUNS = np.random.default_rng(0).uniform(0, 100, (3, 2, 2, 2))  # seeds, then what each view reads from it
+RISING = {  # argument: a view of it, an example that is shown, what lies outside
+    "alphas": (lambda v: kd.AlphaT(scores=RUNS[..., 0], temperatures=[1, 2], alphas=v), [0, 1], [-0.1, 0.5], [0.5, 1.1]),
+    "temperatures": (lambda v: kd.AlphaT(scores=RUNS[..., 0], alphas=[0, 1], temperatures=v), [1, 2.5], [0, 1], [-1, 2]),
+    "widths": (lambda v: kd.CapacityGap(RUNS[:, :, [0, 1, 0], 0], RUNS[:, 0, 0, 0], v), [2, 4], [0, 4], [-3, 4]),
+    "sizes": (lambda v: kd.TransferSet(RUNS, v, ["a", "b"]), [10, 20], [0, 20], [-1, 4]),
+    "steps": (lambda v: kd.PlaceboTeacher({"mine": RUNS[..., 0]}, v, ["a", "b"]), [0, 20], [-1, 4], [-5, -4]),
+}
+
+
+@pytest.mark.parametrize("name", RISING)
+def test_numbers_along_an_axis_rise_and_make_sense(name):
+    view, good, *outside = RISING[name]
+    for value in (good, tuple(good), np.array(good)): assert view(value).panel.error == ""
+    for value in (*outside, good[::-1], [1, 1], [np.nan, 1], [1, np.inf], ["a", "b"], "ab", [], [None, 1], [False, True]):
+        said = tells(view(value), rf"^{name} must be one number or more .*in rising order, such as \[", r"; got \[")
+        assert "nan" not in said or value[0] is np.nan
+    tells(view(5), f"^{name} must be a list; got int")
+    tells(view([*good, 100]), "must|shape")
+
+
+@pytest.mark.parametrize("view, name, bad, good", [
+    (kd.BugClinic, "deal_seed", (-1, 1.5, "x", None), (0, np.int64(3))),
+    (kd.CompareKernels, "budget", (-1, np.nan, np.inf, "x", None), (0, 0.3))])
+def test_a_number_that_makes_no_sense_is_told(view, name, bad, good):
+    for value in good: assert view(**{name: value}).panel.error == ""
+    for value in bad: tells(view(**{name: value}), f"^{name} must be a .*number .*; got")
+
+
+def test_two_teachers_are_enough_for_a_capacity_gap():
+    view = kd.CapacityGap(RUNS[:, :, [0, 1, 0], 0], RUNS[:, 0, 0, 0], [2, 4])
+    assert view.panel.error == "" and view.width == 1 and view.panel.values["width"] == 1
 
 
 def test_what_does_not_exist_raises():

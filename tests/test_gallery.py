@@ -12,6 +12,7 @@ import pytest
 
 import kdlab as kd
 from kdlab import figures, widgets
+from kdlab.figures import kit
 from kdlab.widgets.experiments import Comparison
 from kdlab.widgets.gallery import EXHIBITS, write_gallery, write_index
 from kdlab.widgets.kit import KDWidget
@@ -61,6 +62,14 @@ def test_no_figure_and_no_widget_imports_torch():
 def test_texts_ask_and_answer(exhibit):
     assert "?" in exhibit.question and "?" in exhibit.prediction and exhibit.conclusion.endswith(".")
     assert exhibit.kind.title and exhibit.kind.caption.endswith(".") and exhibit.kind.__doc__
+
+
+@by_module
+def test_a_sketch_is_the_figure_that_plotly_makes(exhibit, view):
+    with kit.sketching(): sketch = view.draw(**view.state())
+    assert isinstance(sketch, dict) and sketch["data"]
+    whole = kit.plain(view.draw(**view.state()).to_plotly_json())  # plotly drops and renames, and checks each name
+    assert kit.changes(sketch, whole) == ({}, {})
 
 
 @by_module

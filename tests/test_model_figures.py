@@ -139,7 +139,7 @@ def test_match_figure_shows_pair_class_and_example(long):
     assert (frame.x0, frame.y0) == (2.5, 1.5) and fig.data[6].x == (fig.data[5].x[7],)
     cloud = fig.data[5]
     clear = np.array(cloud.marker.opacity) == 1 if long else np.char.startswith(cloud.textfont.color, "rgba") == 0
-    assert (clear == (a["labels"][:200] == 3)).all()
+    assert (clear == (a["labels"][:match.MOST] == 3)).all() and len(cloud.x) == len(clear) == match.MOST
     plain(fig)
 
 

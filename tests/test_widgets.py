@@ -88,6 +88,29 @@ def test_an_update_names_every_value_that_it_sends(lens):
     assert not any(value is Undefined for values in sent[0]["style_data"].values() for value in values)
 
 
+def test_few_things_go_over_the_wire(lens):
+    sent = []
+    lens.fig._send = lambda message, buffers=None: sent.append(list(message["state"]))
+    lens.T = 8.0
+    assert sent == [["_py2js_update"], ["_alt"]]
+    assert lens.fig._py2js_update is None  # a page that is opened now does not get it again
+
+
+def test_an_edit_by_hand_outlives_the_next_update(lens):
+    lens.fig.update_layout(height=700)
+    lens.T = 8.0
+    assert lens.fig.layout.height == 700 and lens.fig.get_state()["_widget_layout"]["height"] == 700
+
+
+def test_a_property_that_goes_leaves_the_live_figure():
+    live = kit.KDFigure()
+    for marker in (dict(color="red"), {}, dict(size=3)):
+        kit.show(live, go.Figure([dict(type="scatter", y=[1], marker=marker)], dict(xaxis_title_text="x" if marker else None)))
+        state = live.get_state()
+        assert state["_widget_data"][0].get("marker", {}) == marker
+        assert state["_widget_layout"].get("xaxis", {}).get("title", {}) == (dict(text="x") if marker else {})
+
+
 @pytest.mark.parametrize("name, value", [
     ("which", "disagree"), ("klass", 3), ("page", 1), ("lasso", True), ("picked", [1, 2])])
 def test_one_message_a_change_in_the_gap(gap, name, value):

@@ -9,7 +9,8 @@ __all__ = ['T_GRID', 'soft_gradient', 'hard_gradient', 'balance_numbers', 'balan
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, are_long, class_axis, layout, series, softmax, top_classes
+from .kit import (HATCH, INK, are_long, class_axis, compose, layout, remembered, series, softmax,
+                               top_classes)
 
 # %% ../../nbs/api/figures/05_balance.ipynb #e9e5982d
 T_GRID = np.geomspace(1, 20, 25)
@@ -38,6 +39,7 @@ def hard_gradient(
 def _norm(gradient): return float(np.linalg.norm(gradient, axis=-1).mean())
 
 
+@remembered()
 def balance_numbers(
     teacher,  # (N, C) logits
     student,  # (N, C) logits of a student that is still learning
@@ -126,8 +128,8 @@ def balance_figure(
     names = [names[k] for k in shown]
     traces = [*_curves(now, T, t_squared), *_pushes(hard[shown], soft[shown]), *_share(now)]
     legend = dict(x=0.02, y=0.03, yanchor="bottom", font_size=14)
-    return go.Figure(traces, layout(460, titles, barmode="stack", legend=legend, showlegend=True,
-                                    **_axes(names, reach)))
+    return compose(traces, layout(460, titles, barmode="stack", legend=legend, showlegend=True,
+                                  **_axes(names, reach)))
 
 # %% ../../nbs/api/figures/05_balance.ipynb #c599ac73
 def _risen(gradient, names):

@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from .balance import hard_gradient, soft_gradient
-from .kit import (HATCH, INK, are_long, blues, check_index, check_scores, class_axis, interval, layout,
-                               log_softmax, seed_band, series, shorten, top_classes)
+from .kit import (HATCH, INK, are_long, blues, check_index, check_scores, class_axis, compose, interval,
+                               layout, log_softmax, seed_band, series, shorten, top_classes)
 
 # %% ../../nbs/api/figures/11_board.ipynb #ed754e84
 def _percent(part, other): return 100 * part / (part + other) if part + other > 0 else 0.0
@@ -151,8 +151,8 @@ def board_figure(
                    f"At alpha = {alphas[a]:g} (dotted: {alphas[-1]:g})": (0.54, 0.295)}
     legend = dict(x=parts["xaxis"]["domain"][1], xanchor="right", y=0, yanchor="bottom", orientation="h", font_size=14)
     foot = 100 if are_long([names[k] for k in shown]) else 60
-    return go.Figure(traces, layout(560 + foot, titles, barmode="relative", bargap=0.3, showlegend=True, legend=legend,
-                                    margin=dict(l=68, r=16, t=40, b=foot), **parts))
+    return compose(traces, layout(560 + foot, titles, barmode="relative", bargap=0.3, showlegend=True, legend=legend,
+                                  margin=dict(l=68, r=16, t=40, b=foot), **parts))
 
 # %% ../../nbs/api/figures/11_board.ipynb #11206016
 def board_sentence(now:dict, scores=None, alphas=None, temperatures=None) -> str:

@@ -9,7 +9,7 @@ __all__ = ['verdict', 'capacity_numbers', 'capacity_figure', 'capacity_sentence'
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, fade, interval, layout, seed_band, series
+from .kit import INK, compose, fade, interval, layout, seed_band, series
 
 # %% ../../nbs/api/figures/07_capacity.ipynb #26d91c2f
 def verdict(mean:float, half:float) -> str:
@@ -70,9 +70,9 @@ def capacity_figure(
                     zerolinecolor=INK, zerolinewidth=1.5, title_text="points over the student alone"))
     line = dict(type="line", x0=widths[at], x1=widths[at], y0=0, y1=1, yref="paper", line=dict(color=INK, width=1, dash="dot"))
     titles = {"Accuracy": (0, 1.02), "What the teacher adds" + (", with assistant" if assistant else ""): (0.62, 1.02)}
-    return go.Figure([*_accuracies(scores, alone, widths, assistant), _gains(now, widths, at, assistant)],
-                     layout(440, titles, showlegend=True, shapes=[line], bargap=0.3,
-                            legend=dict(x=0.22, y=0.03, yanchor="bottom", font_size=14), **frame))
+    return compose([*_accuracies(scores, alone, widths, assistant), _gains(now, widths, at, assistant)],
+                   layout(440, titles, showlegend=True, shapes=[line], bargap=0.3,
+                          legend=dict(x=0.22, y=0.03, yanchor="bottom", font_size=14), **frame))
 
 # %% ../../nbs/api/figures/07_capacity.ipynb #19b299a4
 def capacity_sentence(scores, alone, widths, at:int=0, assistant:bool=False) -> str:

@@ -10,7 +10,7 @@ __all__ = ['CLUES', 'LOSS', 'GRADIENT', 'STUDENT', 'TEACHER', 'BUFFERS', 'differ
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, fade, interval, layout, series
+from .kit import INK, axis_id, compose, fade, interval, layout, series
 
 # %% ../../nbs/api/figures/21_clinic.ipynb #f6db93ff
 CLUES = {
@@ -84,7 +84,7 @@ def _chart(runs, symptom, case, seed, panel, is_open):
     x = list(range(runs.shape[2])) if is_open else []
     values = runs[..., symptom]
     put = lambda v: [None if not np.isfinite(e) else float(e) for e in _shown(v, symptom)] if is_open else []
-    axes = dict(xaxis=f"x{panel}", yaxis=f"y{panel}", type="scatter", showlegend=panel == 1)
+    axes = dict(xaxis=axis_id("x", panel), yaxis=axis_id("y", panel), type="scatter", showlegend=panel == 1)
     around = put(np.concatenate([values[:, 0].max(0), values[:, 0].min(0)[::-1]]))
     band = dict(axes, mode="lines", x=x + x[::-1], y=around, fill="toself", line_width=0, hoverinfo="skip",
                 fillcolor=fade(series(0)["color"], 0.22), showlegend=False)
@@ -143,8 +143,8 @@ def clinic_figure(
         x, y = 0.355 * (k % 3), 0.57 if k < 3 else 0.0
         traces += _chart(runs, symptom, bug, seed, k + 1, symptom in open_charts)
         titles[name if symptom in open_charts else f"{name}: closed"] = (x, y + 0.44)
-        axes[f"xaxis{k + 1}"] = dict(domain=[x, x + 0.29], anchor=f"y{k + 1}", **ticks)
-        axes[f"yaxis{k + 1}"] = dict(domain=[y, y + 0.43], anchor=f"x{k + 1}", **_axis(runs, symptom))
+        axes[axis_id("xaxis", k + 1)] = dict(domain=[x, x + 0.29], anchor=axis_id("y", k + 1), **ticks)
+        axes[axis_id("yaxis", k + 1)] = dict(domain=[y, y + 0.43], anchor=axis_id("x", k + 1), **_axis(runs, symptom))
     titles[f"Points: {sum(p for p in won if p > 0)}"] = (0.71, 0.44)
     for k in (4, 5):
         axes[f"xaxis{k}"]["title_text"] = "optimizer steps"
@@ -152,8 +152,8 @@ def clinic_figure(
                  yaxis6=dict(domain=[0, 0.43], anchor="x6", range=[0, 11.5], nticks=5))
     legend = dict(orientation="h", x=0, y=1, yref="container", yanchor="top", font_size=15)
     traces.append(_board(won, case, points(len(set(open_charts) - {STUDENT}), wrong)))
-    return go.Figure(traces, layout(600, titles, margin=dict(l=60, r=16, t=72, b=60), bargap=0.3, showlegend=True,
-                                    legend=legend, **axes))
+    return compose(traces, layout(600, titles, margin=dict(l=60, r=16, t=72, b=60), bargap=0.3, showlegend=True,
+                                  legend=legend, **axes))
 
 # %% ../../nbs/api/figures/21_clinic.ipynb #fed60ac4
 def _said(runs, bug, seed, symptom):

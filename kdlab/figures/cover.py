@@ -10,7 +10,7 @@ __all__ = ['GRID', 'STARTS', 'STEPS', 'RATE', 'LOSSES', 'two_peaks', 'gaussian',
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import check_index, class_axis, fade, layout, log_softmax, series
+from .kit import check_index, class_axis, compose, fade, layout, log_softmax, series
 
 # %% ../../nbs/api/figures/14_cover.ipynb #2e73843e
 GRID = np.linspace(-16, 16, 201)
@@ -173,8 +173,8 @@ def cover_figure(
     titles = {"The teacher and its two students": (0, 1.02), "Forward KL: mean by start": (left, 1.02),
               "Reverse KL": (left, 0.42)}
     legend = dict(orientation="h", x=0, y=0.03 - foot / 500, yanchor="top", font_size=15)
-    return go.Figure([*_densities(now, start), *_paths(now, start)],
-                     layout(440 + foot, titles, showlegend=True, legend=legend, margin=dict(l=68, r=16, t=40, b=foot), **parts))
+    return compose([*_densities(now, start), *_paths(now, start)],
+                   layout(440 + foot, titles, showlegend=True, legend=legend, margin=dict(l=68, r=16, t=40, b=foot), **parts))
 
 # %% ../../nbs/api/figures/14_cover.ipynb #6d1f7534
 def cover_sentence(now:dict, start:int=0) -> str:

@@ -10,8 +10,8 @@ __all__ = ['COLUMNS', 'SHOWN', 'dark_matrix', 'likeness', 'shown_classes', 'clas
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (INK, are_long, blues, check_index, check_labels, check_logits, class_axis, grey_image,
-                               layout, series, shorten, softmax)
+from .kit import (INK, are_long, blues, check_index, check_labels, check_logits, class_axis, compose,
+                               grey_image, layout, series, shorten, softmax)
 
 # %% ../../nbs/api/figures/10_dark.ipynb #c18a6826
 def dark_matrix(
@@ -184,8 +184,8 @@ def dark_figure(
               f"True {shorten(names[row], 9)}: given to {shorten(names[col], 9)}": (0.55, 1.01)}
     parts = _axes(order, names, np.shape(wall[0]["z"]), 0.4 if merges[:, 2].min() > 0.45 else 0)
     foot = dict(l=120, r=16, t=40, b=100) if are_long(names) else dict(l=88, r=16, t=40, b=80)
-    return go.Figure([_map(now["share"], order, names), tree, *wall],
-                     layout(520 + foot["b"], titles, shapes=mark, margin=foot, **parts))
+    return compose([_map(now["share"], order, names), tree, *wall],
+                   layout(520 + foot["b"], titles, shapes=mark, margin=foot, **parts))
 
 # %% ../../nbs/api/figures/10_dark.ipynb #4470e446
 def _percent(share): return f"{100 * share:.0f}" if share >= 0.01 else f"{100 * share:.1g}"

@@ -13,7 +13,8 @@ from itertools import pairwise
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, check_labels, interval, layout, series, softmax, to_numpy
+from .kit import (INK, axis_id, check_labels, compose, interval, layout, remembered, series, softmax,
+                               to_numpy)
 
 # %% ../../nbs/api/figures/22_distillery.ipynb #7b964012
 DATA = ("two moons", "rings", "three spirals", "four corners")
@@ -129,6 +130,7 @@ class Learner:
 TEACHER_STEPS, STUDENT_STEPS = 150, 300
 
 
+@remembered(8)
 def make_world(
     data:str | tuple="two moons",  # one of `DATA`, or (points (N, 2), classes (N,)) of your own
     noise:float=0.15,  # of the named ones
@@ -247,12 +249,13 @@ def _heat(learner, classes, axis):
     scale = [stop for k in range(classes) for stop in ([k / classes, _mix(series(k)["color"], 0)],
                                                        [(k + 1) / classes, _mix(series(k)["color"], 0.7)])]
     return dict(type="heatmap", x=GRID.tolist(), y=GRID.tolist(), z=field(learner, classes).tolist(), zmin=0,
-                zmax=classes, colorscale=scale, showscale=False, hoverinfo="skip", xaxis=f"x{axis}", yaxis=f"y{axis}")
+                zmax=classes, colorscale=scale, showscale=False, hoverinfo="skip",
+                xaxis=axis_id("x", axis), yaxis=axis_id("y", axis))
 
 # %% ../../nbs/api/figures/22_distillery.ipynb #452cf454
 def _place(x, axis):
     return dict(type="scatter", mode="markers", x=x[:, 0].round(3).tolist(), y=x[:, 1].round(3).tolist(),
-                xaxis=f"x{axis}", yaxis=f"y{axis}", hoverinfo="skip", showlegend=False)
+                xaxis=axis_id("x", axis), yaxis=axis_id("y", axis), hoverinfo="skip", showlegend=False)
 
 
 def _dots(x, y, axis, size):
@@ -302,16 +305,16 @@ def race_figure(
     free = dict(range=[-REACH, REACH], showgrid=False, showticklabels=False, ticks="", mirror=True, constrain="domain")
     axes = {}
     for k in range(3):
-        axes[f"xaxis{k + 1}"] = dict(domain=[0.345 * k, 0.345 * k + 0.31], anchor=f"y{k + 1}", **free)
-        axes[f"yaxis{k + 1}"] = dict(domain=[0.44, 1], anchor=f"x{k + 1}", scaleanchor=f"x{k + 1}",
-                                     constraintoward="top", **free)
+        across, up = axis_id("x", k + 1), axis_id("y", k + 1)
+        axes[axis_id("xaxis", k + 1)] = dict(domain=[0.345 * k, 0.345 * k + 0.31], anchor=up, **free)
+        axes[axis_id("yaxis", k + 1)] = dict(domain=[0.44, 1], anchor=across, scaleanchor=across, constraintoward="top", **free)
     axes |= dict(xaxis4=dict(domain=[0, 0.655], anchor="y4", range=[-5, STUDENT_STEPS + 5], title_text="steps"),
                  yaxis4=dict(domain=[0, 0.32], anchor="x4", range=[0, 104], title_text="right, %", nticks=5))
     titles = {"Teacher": (0, 1.01), f"Student of {len(rows)} labels": (0.345, 1.01),
               "Student of the teacher": (0.69, 1.01), "Accuracy on new points": (0, 0.33)}
     legend = dict(x=0.69, y=0.32, yanchor="top", font_size=15)
-    return go.Figure(traces, layout(660, titles, margin=dict(l=60, r=16, t=40, b=60), legend=legend, showlegend=True,
-                                    **axes))
+    return compose(traces, layout(660, titles, margin=dict(l=60, r=16, t=40, b=60), legend=legend, showlegend=True,
+                                  **axes))
 
 # %% ../../nbs/api/figures/22_distillery.ipynb #4bbeacf8
 def race_sentence(

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, layout, series
+from .kit import INK, compose, layout, series
 
 # %% ../../nbs/api/figures/03_experiments.ipynb #219af336
 class Difference(Protocol):
@@ -115,7 +115,7 @@ def arms_figure(
         parts |= dict(xaxis2=dict(domain=[0.56, 1], anchor="y2", range=reach, title_text="points"),
                       yaxis2=dict(anchor="x2", **rows | dict(showticklabels=False, ticks="")))
     left = 28 + 8.5 * max(map(len, table))
-    return go.Figure(traces, layout(110 + 66 * len(table), titles, margin=dict(l=left, r=16, t=40, b=60), **parts))
+    return compose(traces, layout(110 + 66 * len(table), titles, margin=dict(l=left, r=16, t=40, b=60), **parts))
 
 # %% ../../nbs/api/figures/03_experiments.ipynb #3da6912c
 def arms_sentence(

@@ -10,8 +10,8 @@ __all__ = ['GROUPS', 'CHOICES', 'CLEAR', 'FADED', 'COLUMNS', 'ROWS', 'PER_PAGE',
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (HATCH, INK, are_long, check_labels, check_logits, class_axis, fade, grey_image, layout,
-                               ranking, series, shorten, softmax)
+from .kit import (HATCH, INK, are_long, check_labels, check_logits, class_axis, compose, fade, grey_image,
+                               layout, ranking, series, shorten, softmax)
 
 # %% ../../nbs/api/figures/02_gap.ipynb #12fc454c
 GROUPS = ("both right", "only the teacher right", "only the student right", "both wrong")
@@ -230,7 +230,7 @@ def gap_figure(
     whole = which == "all" and not len(picked)
     titles = ["Accuracy gap of each class" if whole else "Part of the gap made by the chosen",
               f"{keep.sum()} chosen" + (f", page {min(max(page, 0), pages - 1) + 1} of {pages}" if pages > 1 else "")]
-    return go.Figure(traces, _gap_layout(numbers, names, cell, h, titles, lasso))
+    return compose(traces, _gap_layout(numbers, names, cell, h, titles, lasso))
 
 # %% ../../nbs/api/figures/02_gap.ipynb #b6b0452e
 def gap_sentence(

@@ -9,7 +9,7 @@ __all__ = ['least_bytes', 'rate', 'in_words', 'by_way', 'kernels_figure', 'kerne
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, fade, layout, series
+from .kit import INK, compose, fade, layout, series
 
 # %% ../../nbs/api/figures/41_kernels.ipynb #fd4fab0a
 def least_bytes(
@@ -76,7 +76,7 @@ def kernels_figure(
     least = [least_bytes(b, measured[0][2], width) / 3 / 2 ** 20 for b in batches] if measured else []
     floor = dict(type="scatter", mode="lines", x=list(batches) if measured else [], y=least, xaxis="x2", yaxis="y2",
                  line=dict(color=INK, dash="dash"), name="the gradient alone", showlegend=bool(measured), hoverinfo="skip")
-    return go.Figure([*traces, mark, mark | dict(xaxis="x2", yaxis="y2", y=[1e-6, 1e6]), floor], _frame(measured, batches))
+    return compose([*traces, mark, mark | dict(xaxis="x2", yaxis="y2", y=[1e-6, 1e6]), floor], _frame(measured, batches))
 
 # %% ../../nbs/api/figures/41_kernels.ipynb #052c8fb6
 def _span(values, factor=1.6):

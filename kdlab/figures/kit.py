@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'CONTROL_JS', 'NO_PICTURE', 'PAGE_CSS',
-           'to_numpy', 'check_logits', 'check_labels', 'check_images', 'check_list', 'check_names', 'check_ids',
-           'check_index', 'check_runs', 'check_pair', 'check_scores', 'check_absent', 'check_both', 'softmax',
-           'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'blues', 'series', 'layout', 'are_long', 'shorten',
-           'class_axis', 'top_classes', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice',
-           'toggle', 'button', 'page', 'write_text', 'write_page', 'snippet']
+           'to_numpy', 'check_logits', 'check_labels', 'check_images', 'check_list', 'check_rising', 'check_names',
+           'check_ids', 'check_index', 'check_runs', 'check_pair', 'check_scores', 'check_absent', 'check_both',
+           'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'blues', 'series', 'layout', 'plain',
+           'sketching', 'remembered', 'compose', 'axis_id', 'are_long', 'shorten', 'class_axis', 'top_classes',
+           'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle', 'button', 'page',
+           'write_text', 'write_page', 'snippet']
 
-# %% ../../nbs/api/figures/00_kit.ipynb #f71e3e64
+# %% ../../nbs/api/figures/00_kit.ipynb #410ac056
+import functools
 import json
 import os
+import pickle
+from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from html import escape
 from pathlib import Path
 from uuid import uuid4
@@ -83,7 +89,7 @@ def check_images(
         raise ValueError(f"images must be numbers; got {a.dtype}")
     return a.astype(np.float64)
 
-# %% ../../nbs/api/figures/00_kit.ipynb #22c0512d
+# %% ../../nbs/api/figures/00_kit.ipynb #b4240478
 def check_list(
     values,  # anything that can be walked through
     name:str,  # how the caller calls it
@@ -93,6 +99,23 @@ def check_list(
         return list(values)
     except TypeError:
         raise ValueError(f"{name} must be a list; got {type(values).__name__}") from None
+
+
+def check_rising(
+    values,  # numbers, each larger than the one before
+    name:str,  # how the caller calls them
+    example:list,  # what would do
+    low:float=0.0,  # the least that makes sense
+    high:float=np.inf,  # the most
+) -> list:
+    "`values` as a list of one finite number or more in [low, high] that rise; or a `ValueError` that says what to give."
+    out = [v.item() if isinstance(v, np.generic) else v for v in check_list(values, name)]
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and np.isfinite(v) for v in out)
+    if not out or not numbers or not low <= out[0] <= out[-1] <= high or any(b <= a for a, b in zip(out, out[1:])):
+        reach = f"of at least {low:g}" if high == np.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be one number or more {reach}, in rising order, "
+                         f"such as {example}; got {out}")
+    return out
 
 
 def check_names(
@@ -278,9 +301,10 @@ def series(
     _, color, dash, symbol, pattern = PALETTE[i % len(PALETTE)]
     return {"color": color, "dash": dash, "symbol": symbol, "pattern": pattern}
 
-# %% ../../nbs/api/figures/00_kit.ipynb #607213a5
+# %% ../../nbs/api/figures/00_kit.ipynb #3e0965db
 _AXIS = dict(gridcolor=GRID, zeroline=False, showline=True, linecolor=GRID, ticks="outside", tickcolor=GRID,
-             title=dict(font_size=16, standoff=10), tickfont_size=15, automargin=False, fixedrange=True)
+             title=dict(font_size=16, standoff=10), tickfont_size=15, automargin=False, fixedrange=True,
+             ticklabeloverflow="allow")  # plotly measures each label otherwise, at every redraw
 TEMPLATE = go.layout.Template(layout=dict(
     font=dict(family="system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", size=15, color=INK),
     paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=[c for _, c, *_ in PALETTE],
@@ -299,6 +323,81 @@ def layout(
                   showarrow=False, font_size=16) for text, (x, y) in (titles or {}).items()]
     frame = dict(template=TEMPLATE, height=height, margin=dict(l=68, r=16, t=40, b=60), annotations=notes)
     return frame | parts
+
+# %% ../../nbs/api/figures/00_kit.ipynb #20079097
+_WHOLE = ("paper_bgcolor", "plot_bgcolor", "error_x", "error_y")  # names with an underscore of their own
+_sketch = ContextVar("sketch", default=False)
+
+
+def _join(tree, key, value):
+    "Set `key` of a tree; under a key that is there, two trees become one."
+    if isinstance(value, dict) and isinstance(tree.get(key), dict):
+        for name, part in value.items():
+            _join(tree[key], name, part)
+    else:
+        tree[key] = value
+
+
+def plain(
+    value,  # properties of a figure, or anything inside them
+):
+    "The same with `line_width=2` as `line=dict(width=2)`, lists for arrays, and nothing where there is None."
+    if isinstance(value, dict):
+        out = {}
+        for name, part in value.items():
+            if part is not None:
+                first, *path = [name] if name in _WHOLE else name.split("_")
+                _join(out, first, functools.reduce(lambda tree, key: {key: tree}, reversed(path), plain(part)))
+        return out
+    if isinstance(value, (list, tuple, range)):
+        return [v if type(v) in (float, int, str) else plain(v) for v in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+# %% ../../nbs/api/figures/00_kit.ipynb #cc4b7d47
+@contextmanager
+def sketching():
+    "Have `compose` leave out plotly's checks."
+    token = _sketch.set(True)
+    try:
+        yield
+    finally:
+        _sketch.reset(token)
+
+
+def remembered(
+    most:int=1,  # how many results are kept
+) -> Callable:
+    "A decorator of pure functions: arguments that were there before get the same result."
+    def decorate(f):
+        known = {}
+
+        @functools.wraps(f)
+        def ask(*args, **kwargs):
+            key = pickle.dumps((args, kwargs))
+            if key not in known:
+                out = f(*args, **kwargs)
+                for old in list(known)[:len(known) + 1 - most]:
+                    known.pop(old, None)
+                known[key] = out
+            return known[key]
+        return ask
+    return decorate
+
+
+def compose(
+    traces:list[dict],
+    frame:dict,  # from `layout`
+) -> go.Figure | dict:
+    "The figure of these traces; inside `sketching` a dict of data and layout."
+    return plain(dict(data=traces, layout=frame)) if _sketch.get() else go.Figure(traces, frame)
+
+
+def axis_id(
+    kind:str,  # "x", "y", "xaxis" or "yaxis"
+    k:int,  # 1 for the first
+) -> str:
+    "Plotly's name of axis `k`: the first has no number."
+    return kind if k == 1 else f"{kind}{k}"
 
 # %% ../../nbs/api/figures/00_kit.ipynb #db9154d8
 def are_long(

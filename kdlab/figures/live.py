@@ -8,7 +8,7 @@ __all__ = ['CURVES', 'best_epoch', 'live_figure', 'live_sentence']
 # %% ../../nbs/api/figures/42_live.ipynb #4ebd9f0c
 import plotly.graph_objects as go
 
-from .kit import INK, layout, series
+from .kit import INK, compose, layout, series
 
 # %% ../../nbs/api/figures/42_live.ipynb #1fb37235
 CURVES = (  # key in the history, name, panel
@@ -53,7 +53,7 @@ def live_figure(
         380, {"Loss": (0, 1.02), "On the validation set": (0.56, 1.02)}, xaxis=x | dict(domain=[0, 0.44]),
         xaxis2=x | dict(domain=[0.56, 1]), yaxis=loss, yaxis2=dict(range=[0, 102], title_text="%", anchor="x2"), showlegend=True,
         legend=dict(orientation="h", x=0, y=-0.25, font_size=15), margin=dict(l=78, r=16, t=40, b=105))
-    return go.Figure([*traces, star], frame)
+    return compose([*traces, star], frame)
 
 # %% ../../nbs/api/figures/42_live.ipynb #132cced4
 def live_sentence(

@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from .dark import dark_order, likeness, shown_classes
-from .kit import HATCH, INK, are_long, blues, class_axis, layout, series, shorten
+from .kit import HATCH, INK, are_long, blues, class_axis, compose, layout, series, shorten
 
 # %% ../../nbs/api/figures/30_measures.ipynb #d6dd09bd
 LOOKS = {"teacher": series(2), "student": series(0)}
@@ -70,13 +70,13 @@ def class_figure(
     least = np.nanmin([parts[f"{who}_low"][rows] for who in LOOKS])
     reach = 1.1 * max(5.0, *np.abs(100 * np.nan_to_num(np.concatenate([low, high]))))
     lines = dict(range=[len(rows) - 0.4, -0.6], showgrid=False, showline=False, ticks="", zeroline=False)
-    return go.Figure([*_accuracies(parts, rows), right], layout(
+    return compose([*_accuracies(parts, rows), right], layout(
         150 + 36 * len(rows), {"Accuracy (%)": (0, 1.01), "Student minus teacher (points)": (0.66, 1.01)},
         margin=dict(l=130, r=16, t=76, b=44), showlegend=True,
         legend=dict(orientation="h", x=0, y=1, yref="container", yanchor="top"),
         xaxis=dict(domain=[0, 0.6], range=[100 * max(0.0, least) - 3, 102]), yaxis=lines | dict(tickvals=list(range(len(rows))), ticktext=short),
         xaxis2=dict(domain=[0.66, 1], anchor="y2", range=[-reach, reach], zeroline=True, zerolinecolor=INK,
-                    zerolinewidth=2), yaxis2=lines | dict(anchor="x2", showticklabels=False)))
+                  zerolinewidth=2), yaxis2=lines | dict(anchor="x2", showticklabels=False)))
 
 # %% ../../nbs/api/figures/30_measures.ipynb #e9181ca0
 def class_sentence(parts:dict, names:list[str]) -> str:
@@ -105,10 +105,10 @@ def agreement_figure(
                            hovertext=[f"#{ids[i]}" for i in rows], hoverinfo="text", cliponaxis=False,
                            marker=dict(color=look["color"], symbol="circle" if same else "x", size=size, opacity=0.8)))
     unit = dict(range=[-0.02, 1.02], dtick=0.25)
-    return go.Figure(traces, layout(440, showlegend=True, margin=dict(l=76, r=16, t=40, b=60),
-                                    legend=dict(orientation="h", x=0, y=1, yref="container", yanchor="top"),
-                                    xaxis=dict(title_text="confidence of the teacher", domain=[0, 0.6], **unit),
-                                    yaxis=dict(title_text="confidence of the student", **unit)))
+    return compose(traces, layout(440, showlegend=True, margin=dict(l=76, r=16, t=40, b=60),
+                                  legend=dict(orientation="h", x=0, y=1, yref="container", yanchor="top"),
+                                  xaxis=dict(title_text="confidence of the teacher", domain=[0, 0.6], **unit),
+                                  yaxis=dict(title_text="confidence of the student", **unit)))
 
 # %% ../../nbs/api/figures/30_measures.ipynb #d3e26268
 def agreement_sentence(agree, teacher, student) -> str:
@@ -154,7 +154,7 @@ def calibration_figure(
         trace |= {k: trace[k].removesuffix("1") for k in ("xaxis", "yaxis")}
     left, right, top, low = [0, 0.46], [0.54, 1], [0.32, 1], [0, 0.2]
     unit, many = dict(range=[0, 1], dtick=0.2), dict(range=[0, 100], nticks=3)
-    return go.Figure(traces, layout(
+    return compose(traces, layout(
         480, {"Teacher: right answers (%)": (0, 1.01), "Student: right answers (%)": (0.54, 1.01)}, margin=dict(l=76, r=16, t=40, b=60),
         bargap=0, xaxis=dict(domain=left, showticklabels=False, **unit), yaxis=dict(domain=top, range=[0, 100]),
         xaxis2=dict(domain=right, anchor="y2", showticklabels=False, **unit), yaxis2=dict(domain=top, anchor="x2", range=[0, 100]),
@@ -221,7 +221,7 @@ def similarity_figure(
     many = f" ({len(order)} of {len(names)} classes)" if len(order) < len(names) else ""
     titles = {f"Teacher, to {top:g}%{many}": (0, 1.01), f"Student, to {top:g}%": (0.345, 1.01),
               f"Student minus teacher, ±{top / 2:g}": (0.69, 1.01)}
-    return go.Figure(traces, layout(400 + room, titles, margin=dict(l=60 + room, r=16, t=40, b=44 + room), **axes))
+    return compose(traces, layout(400 + room, titles, margin=dict(l=60 + room, r=16, t=40, b=44 + room), **axes))
 
 # %% ../../nbs/api/figures/30_measures.ipynb #353daa2d
 def similarity_sentence(teacher, student, names:list[str], correlation:float) -> str:
@@ -251,11 +251,11 @@ def cka_figure(
                 texttemplate="%{z:.2f}" if max(np.shape(cka)) <= 12 else "", textfont_size=14, hoverongaps=False,
                 hovertemplate="%{y} of the student, %{x} of the teacher: %{z:.3f}<extra></extra>")
     long = max(map(len, short([*student, *teacher])))
-    return go.Figure([heat], layout(170 + 36 * len(student) + 5 * long, margin=dict(l=70 + 8 * long, r=16, t=20, b=60 + 6 * long),
-                                    shapes=frames,
-                                    xaxis=dict(title_text="layer of the teacher", tickangle=-40 if long > 5 else 0, **ticks(teacher))
-                                    | dict(title_standoff=4), yaxis=dict(title_text="layer of the student", **ticks(student))
-                                    | dict(range=[len(student) - 0.5, -0.5])))
+    return compose([heat], layout(170 + 36 * len(student) + 5 * long, margin=dict(l=70 + 8 * long, r=16, t=20, b=60 + 6 * long),
+                                  shapes=frames,
+                                  xaxis=dict(title_text="layer of the teacher", tickangle=-40 if long > 5 else 0, **ticks(teacher))
+                                  | dict(title_standoff=4), yaxis=dict(title_text="layer of the student", **ticks(student))
+                                  | dict(range=[len(student) - 0.5, -0.5])))
 
 # %% ../../nbs/api/figures/30_measures.ipynb #8fcc59c9
 def best_layers(cka) -> list[tuple[int, int]]:

@@ -9,8 +9,8 @@ __all__ = ['SETTINGS', 'placebo_numbers', 'placebo_figure', 'placebo_sentence']
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (HATCH, INK, class_axis, entropy, fade, grey_image, interval, layout, seed_band, series,
-                               top_classes)
+from .kit import (HATCH, INK, class_axis, compose, entropy, fade, grey_image, interval, layout, seed_band,
+                               series, top_classes)
 
 # %% ../../nbs/api/figures/06_placebo.ipynb #cbd149af
 SETTINGS = ("the same 40 images", "the digit it never saw")
@@ -90,8 +90,8 @@ def placebo_figure(
     if targets is not None:
         traces += [_target(p[shown], None if label is None else shown.index(label), chosen), grey_image(image, 0, 1, xaxis="x4", yaxis="y4")]
         titles[f"Target of one image: {entropy(p):.2f} nats"] = (0.5, 0.31)
-    return go.Figure(traces, layout(560, titles, legend=dict(x=0.16, y=0.02, yanchor="bottom", font_size=14),
-                                    showlegend=True, bargap=0.3, **_axes(arms, steps, [names[k] for k in shown], [-edge, edge])))
+    return compose(traces, layout(560, titles, legend=dict(x=0.16, y=0.02, yanchor="bottom", font_size=14),
+                                  showlegend=True, bargap=0.3, **_axes(arms, steps, [names[k] for k in shown], [-edge, edge])))
 
 # %% ../../nbs/api/figures/06_placebo.ipynb #65135bd1
 def placebo_sentence(scores, arms, chosen:int=1, p=None, label:int | None=None, class_names=None) -> str:

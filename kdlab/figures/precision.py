@@ -12,7 +12,7 @@ import math
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, class_axis, interval, layout, seed_band, series, softmax
+from .kit import HATCH, INK, class_axis, compose, interval, layout, remembered, seed_band, series, softmax
 
 # %% ../../nbs/api/figures/40_precision.ipynb #62b6adf6
 DTYPES = ("bfloat16", "float16", "float32")
@@ -100,6 +100,7 @@ def results(student, teacher, T, dtype) -> list[tuple]:
     return [step_by_step(*narrow, T, dtype), step_by_step(*narrow, T, "float32"), ratio_form(*narrow, np.float32(T))]
 
 
+@remembered()
 def errors(
     T:float,  # temperature > 0
     classes:int,  # at least 2
@@ -142,7 +143,7 @@ def precision_figure(
     mark = dict(type="scatter", mode="lines", x=[distance] * 2, y=[1e-9, 40], line=dict(color=INK, dash="dot"),
                 showlegend=False, hoverinfo="skip")
     traces += [mark, mark | dict(xaxis="x2", yaxis="y2"), *_bars(distance, T, classes, dtype)]
-    return go.Figure(traces, _frame(min(classes, 10)))
+    return compose(traces, _frame(min(classes, 10)))
 
 
 def _bars(distance, T, classes, dtype):

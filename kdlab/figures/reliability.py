@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import HATCH, INK, are_long, grey_image, layout, series, shorten, softmax
+from .kit import HATCH, INK, are_long, compose, grey_image, layout, series, shorten, softmax
 
 # %% ../../nbs/api/figures/20_reliability.ipynb #de348242
 T_RANGE = 0.05, 20.0
@@ -263,7 +263,7 @@ def reliability_figure(
               *_mistakes(now, labels[1::2], None if images is None else images[1::2], names)]
     legend = dict(orientation="h", x=0, y=1, yref="container", yanchor="top", font_size=15)
     axes |= dict(shapes=[_rule(best, 3), _rule(best, 4)], legend=legend, margin=dict(l=68, r=16, t=74, b=10))
-    return go.Figure(traces, layout(height, titles, barmode="overlay", showlegend=True, **axes))
+    return compose(traces, layout(height, titles, barmode="overlay", showlegend=True, **axes))
 
 # %% ../../nbs/api/figures/20_reliability.ipynb #4c2f2dfb
 def reliability_sentence(

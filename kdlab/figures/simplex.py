@@ -12,7 +12,7 @@ import re
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, fade, layout, log_softmax, ranking, series, shorten, softmax
+from .kit import INK, compose, fade, layout, log_softmax, ranking, remembered, series, shorten, softmax
 
 # %% ../../nbs/api/figures/13_simplex.ipynb #41000271
 LOSSES = ("cross-entropy", "forward KL", "reverse KL", "JS", "MSE")
@@ -166,6 +166,7 @@ def _walks(walks, chosen):
     return out
 
 
+@remembered()
 def simplex_numbers(
     p,  # (3,) the teacher, all positive
     start,  # (3,) the student at the start, all positive
@@ -212,9 +213,9 @@ def simplex_figure(
         yaxis2=dict(domain=[0.1, 0.94], anchor="x2", range=[-3, 104], title_text="loss, % of its start"))
     titles = {f"Landscape of {LOSSES[loss]}": (0, 1.0), "Loss by step": (0.64, 1.0)}
     legend = dict(x=1, xanchor="right", y=0.92, yanchor="top", font_size=15)
-    return go.Figure([*_landscape(LOSSES[loss], p), *_frame(class_names), *_walks(walks, loss)],
-                     layout(580, titles, shapes=_points(p, start), showlegend=True, legend=legend,
-                            margin=dict(l=30, r=16, t=40, b=30), **parts))
+    return compose([*_landscape(LOSSES[loss], p), *_frame(class_names), *_walks(walks, loss)],
+                   layout(580, titles, shapes=_points(p, start), showlegend=True, legend=legend,
+                          margin=dict(l=30, r=16, t=40, b=30), **parts))
 
 # %% ../../nbs/api/figures/13_simplex.ipynb #968f1623
 def simplex_sentence(p, start, loss:int=1, class_names=("A", "B", "C"), walks=None) -> str:

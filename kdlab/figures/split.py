@@ -9,8 +9,8 @@ __all__ = ['SURE', 'split_numbers', 'shares', 'split_figure', 'split_sentence']
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (HATCH, INK, check_index, class_axis, layout, log_softmax, ranking, series, shorten,
-                               softmax)
+from .kit import (HATCH, INK, check_index, class_axis, compose, layout, log_softmax, ranking, series,
+                               shorten, softmax)
 
 # %% ../../nbs/api/figures/12_split.ipynb #cae1b67f
 def _kl(log_p, log_q): return float(np.sum(np.exp(log_p) * (log_p - log_q)))
@@ -148,8 +148,8 @@ def split_figure(
     titles = {f"Is it {shorten(names[target])}?": (0, 1.02), "If not, which other?": (0.27, 1.02),
               "What the loss is made of": (0.03, 0.375), "Share of \"which other\"": (0.6, 0.375)}
     legend = dict(x=1, xanchor="right", y=1, yanchor="top", orientation="h", font_size=15)
-    return go.Figure([*bars, *_stacks(shares(now, alpha, beta)), *_curves(now, alpha, beta)],
-                     layout(600, titles, barmode="stack", showlegend=True, legend=legend, **_axes(labels, high)))
+    return compose([*bars, *_stacks(shares(now, alpha, beta)), *_curves(now, alpha, beta)],
+                   layout(600, titles, barmode="stack", showlegend=True, legend=legend, **_axes(labels, high)))
 
 # %% ../../nbs/api/figures/12_split.ipynb #9785e50f
 def split_sentence(now:dict, alpha:float=1.0, beta:float=8.0, T:float=4.0) -> str:

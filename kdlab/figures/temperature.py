@@ -9,8 +9,8 @@ __all__ = ['T_CURVE', 'lens_numbers', 'lens_bars', 'temperature_lens', 'lens_sen
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import (HATCH, INK, are_long, class_axis, entropy, grey_image, layout, ranking, series, shorten,
-                               softmax, top_mass)
+from .kit import (HATCH, INK, are_long, class_axis, compose, entropy, grey_image, layout, ranking, series,
+                               shorten, softmax, top_mass)
 
 # %% ../../nbs/api/figures/01_temperature.ipynb #46860676
 T_CURVE = np.geomspace(0.25, 20, 61)
@@ -126,7 +126,7 @@ def temperature_lens(
                                  **hidden))
         titles["The example" if label is None else f"Labelled {shorten(names[label])}"] = (0, 1.03)
     foot = 100 if are_long(names) else 60
-    return go.Figure(traces, layout(340 + foot, titles, bargap=0.25, margin=dict(l=68, r=16, t=40, b=foot), **parts))
+    return compose(traces, layout(340 + foot, titles, bargap=0.25, margin=dict(l=68, r=16, t=40, b=foot), **parts))
 
 # %% ../../nbs/api/figures/01_temperature.ipynb #9299bcb1
 def lens_sentence(

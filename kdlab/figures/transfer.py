@@ -9,7 +9,7 @@ __all__ = ['transfer_numbers', 'transfer_figure', 'transfer_sentence']
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, fade, interval, layout, seed_band, series
+from .kit import INK, compose, fade, interval, layout, seed_band, series
 
 # %% ../../nbs/api/figures/08_transfer.ipynb #1a56115f
 def transfer_numbers(
@@ -67,9 +67,9 @@ def transfer_figure(
     diagonal = dict(type="line", xref="x2", yref="y2", x0=low, y0=low, x1=101, y1=101, line=dict(color=INK, dash="dot"))
     here = dict(type="line", x0=sizes[size], x1=sizes[size], y0=0, y1=1, yref="paper", line=dict(color=INK, width=1, dash="dot"))
     titles = {f"{what.capitalize()} against size": (0, 1.02), f"Every seed at {sizes[size]} inputs": (0.62, 1.02)}
-    return go.Figure([*_lines(scores, sizes, sources, source, int(fidelity)), *_plane(scores, size, source, sources)],
-                     layout(440, titles, showlegend=True, shapes=[diagonal, here],
-                            legend=dict(x=0.13, y=0.03, yanchor="bottom", font_size=14), **frame))
+    return compose([*_lines(scores, sizes, sources, source, int(fidelity)), *_plane(scores, size, source, sources)],
+                   layout(440, titles, showlegend=True, shapes=[diagonal, here],
+                          legend=dict(x=0.13, y=0.03, yanchor="bottom", font_size=14), **frame))
 
 # %% ../../nbs/api/figures/08_transfer.ipynb #f095be93
 def transfer_sentence(scores, sizes, sources, size:int=0, source:int=0, fidelity:bool=True) -> str:

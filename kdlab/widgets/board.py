@@ -68,7 +68,8 @@ class AlphaT(_Mix):
     ):
         self.teacher, self.student, self.labels = stored.pair(teacher_logits, student_logits, labels)
         scores = stored.load()["alpha_t"] if teacher_logits is None and scores is None else scores
-        alphas, temperatures = figures.check_list(alphas, "alphas"), figures.check_list(temperatures, "temperatures")
+        alphas = figures.check_rising(alphas, "alphas", [0.1, 0.5, 0.9], high=1)
+        temperatures = figures.check_rising(temperatures, "temperatures", [1.0, 2.0, 4.0], low=0.01)
         scores = None if scores is None else check_map(scores, alphas, temperatures)
         self.map = scores, tuple(alphas), tuple(temperatures)
         n, c = self.teacher.shape

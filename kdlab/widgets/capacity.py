@@ -42,7 +42,7 @@ class CapacityGap(KDWidget):
             figures.check_absent("scores", alone=alone, widths=widths)
             arrays = stored.load()
             scores, alone, widths = arrays["capacity"], arrays["capacity_alone"], stored.WIDTHS
-        widths = figures.check_list(widths, "widths")
+        widths = figures.check_rising(widths, "widths", [4, 8, 16], low=1)
         scores = figures.check_scores(scores, (len(widths), 3), "accuracy of teacher, student, student of an assistant")
         alone = figures.check_scores(alone, (), "accuracy of the student without a teacher", "alone")
         if len(alone) != len(scores):
@@ -50,7 +50,7 @@ class CapacityGap(KDWidget):
         self.shown = scores, alone, tuple(widths)
         self._controls = [figures.slider("width", "Teacher's channels", range(len(widths)), [str(w) for w in widths]),
                           figures.toggle("assistant", "Teaching assistant")]
-        super().__init__(hide)
+        super().__init__(hide, width=min(self.width, len(widths) - 1))
 
     def draw(self, width, assistant):
         return capacity_figure(*self.shown, figures.check_index(width, len(self.shown[2]), "width"), assistant)

@@ -70,13 +70,45 @@ function quiet(model) {
 }
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #4996552e
-_LOADER = _FETCH_JS + _QUIET_JS + """
+# %% ../../nbs/api/widgets/00_kit.ipynb #9b89a2fd
+_LEAN_JS = """
+const PLOTTED = Symbol.for("kdlab.plotted"), FULL = ["_sendTraceDeltas", "_sendLayoutDelta"];
+function styleOnce(part) {
+  const { plot, style } = part;
+  part[PLOTTED] = true;
+  part.plot = (gd, ...rest) => {
+    gd[PLOTTED] = true;
+    queueMicrotask(() => { gd[PLOTTED] = false; });
+    return plot(gd, ...rest);
+  };
+  part.style = (gd, ...rest) => {
+    const styled = gd[PLOTTED] ? [...gd.querySelectorAll("g.points, g.text")] : [], names = styled.map((g) => g.className.baseVal);
+    styled.forEach((g) => g.setAttribute("class", ""));  // it does not find them
+    try { style(gd, ...rest); } finally { styled.forEach((g, i) => g.setAttribute("class", names[i])); }
+  };
+}
+function lean({ FigureView: view }) {
+  if (!view || view[PLOTTED]) return;
+  view[PLOTTED] = true;
+  for (const name of FULL) if (view.prototype[name]) view.prototype[name] = () => {};
+  const update = view.prototype.do_update;
+  view.prototype.do_update = function () {
+    for (const { _module: part } of this.el._fullData ?? [])
+      if (part?.name === "scatter" && part.style && !part[PLOTTED]) styleOnce(part);
+    update.call(this);
+  };
+}
+"""
+
+# %% ../../nbs/api/widgets/00_kit.ipynb #abd62ac4
+_LOADER = _FETCH_JS + _QUIET_JS + _LEAN_JS + """
 export default () => {
   let part, shared;
   return {
     async initialize({ model }) {
-      part = (await load(model)).default();
+      const bundle = await load(model);
+      lean(bundle);
+      part = bundle.default();
       shared = quiet(model);
       await part.initialize({ model: shared });
     },
@@ -94,7 +126,7 @@ export default () => {
 };
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #61ce7122
+# %% ../../nbs/api/widgets/00_kit.ipynb #d9b6bccb
 class _SharedFigure(go.FigureWidget):
     "A plotly `FigureWidget` that shares the bundle and whose state is always that of the live figure."
     _esm = _LOADER
@@ -120,6 +152,11 @@ class _SharedFigure(go.FigureWidget):
             state.update(_widget_data=now["data"], _widget_layout=now["layout"])
         return state
 
+    def _should_send_property(self, key, value):
+        # a number of edits is for replies that `_QUIET_JS` keeps back, and an edit is not taken back
+        spent = value is None and key.startswith("_py2js_")
+        return not spent and not key.endswith("_edit_id") and super()._should_send_property(key, value)
+
     def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None):
         # plotly marks "leave as it is" by a sentinel, which its front end writes into the data that later views show
         traces = self._normalize_trace_indexes(trace_indexes)
@@ -140,23 +177,38 @@ def _can_share() -> bool:
 KDFigure = _SharedFigure if _can_share() else go.FigureWidget
 "The live figure of kdlab: a `plotly.graph_objects.FigureWidget` in use, lighter in the page."
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #0e7f6910
+# %% ../../nbs/api/widgets/00_kit.ipynb #8f3fc388
+def _put(tree, path, value):
+    "Set the property at a path such as 'marker.color'; None takes it away."
+    *above, name = path.split(".")
+    for key in above:
+        tree = tree.setdefault(key, {})
+    if value is None:
+        tree.pop(name, None)
+    else:
+        tree[name] = value
+
+
 def show(
     live:go.FigureWidget,  # the figure on screen
-    new:go.Figure,  # the figure that it should be
+    new:go.Figure | dict,  # the figure that it should be, or a sketch of it
 ) -> None:
     "Turn `live` into `new` with one update message, or none if they are equal."
-    if [t.type for t in live.data] != [t.type for t in new.data]:
+    new = new if isinstance(new, dict) else figures.plain(new.to_plotly_json())
+    old, live._shown = getattr(live, "_shown", None), new
+    if old is None or [t["type"] for t in old["data"]] != [t["type"] for t in new["data"]]:
         live.data = ()
-        live.layout = new.layout
-        live.add_traces(new.data)
+        live.layout = new["layout"]
+        live.add_traces(new["data"])
         return
-    new = new.to_plotly_json()
-    data, frame = figures.changes(live.to_plotly_json(), new)
-    after = {i: dict.fromkeys(data[i]) | figures.flat(new["data"][i]) for i in data}  # None: gone
+    data, frame = figures.changes(old, new)
+    after = {i: figures.flat(new["data"][i]) for i in data}
     paths = dict.fromkeys(path for edits in data.values() for path in edits)
     if paths or frame:
-        live.plotly_update({path: [after[i].get(path, Undefined) for i in data] for path in paths}, frame, list(data))
+        live._send_update_msg({path: [after[i].get(path) for i in data] for path in paths}, frame, list(data))
+        for tree, edits in [*((live._data[i], edits) for i, edits in data.items()), (live._layout, frame)]:
+            for path, value in edits.items():
+                _put(tree, path, value)
 
 # %% ../../nbs/api/widgets/00_kit.ipynb #26e9e220
 def on_points(
@@ -248,7 +300,7 @@ class Panel(anywidget.AnyWidget):
     busy = Unicode().tag(sync=True)
     can_reset = Bool(True).tag(sync=True)
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #1c880e0b
+# %% ../../nbs/api/widgets/00_kit.ipynb #127a3415
 def _message(problem:Exception) -> str:
     "What a learner reads about an exception."
     return str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
@@ -262,7 +314,9 @@ def refresh(
     try:
         text, error = view.sentence(**state), ""
         shown = [c for c in view.controls(**state) if c["name"] not in view.hidden]
-        show(view.fig, view.draw(**state))
+        with figures.sketching():
+            new = view.draw(**state)
+        show(view.fig, new)
         view.fig._alt = text
         if view.fig not in view.children:
             view.children = [view.panel, view.fig]
