@@ -116,12 +116,16 @@ def _one_sided(d:Tensor, kind:str)->Tensor: # bool, (n, 1)
     if kind in _LABELLED or _QUICK[kind] is _forward_kl: return below
     return above if kind == "reverse_kl" else below | above
 
-# %% ../nbs/api/02_closed_forms.ipynb #936d0f5e
+# %% ../nbs/api/02_closed_forms.ipynb #0c85cae0
 class _Coin(NamedTuple):
     "The label or not: a question with two answers; numbers of a row are (n, 1) in float64."
     loss: Tensor # TCKD
     slope: Tensor # by the label's log-odds
     slips: tuple[Tensor, Tensor] # what rounding of the sums may do to it, and to the slope
+
+def _part(weight:float|Tensor, x:Tensor)->Tensor:
+    "A weighted part of a loss; 0 for the weight 0, also where it is infinite."
+    return weight * x if isinstance(weight, Tensor) or weight else torch.zeros_like(x)
 
 def _slip(total:Tensor, C:int, dtype:torch.dtype)->Tensor:
     "The error of log(total), for a sum of `C` exponentials of which the largest is 1 (in float64 anything)."
@@ -165,7 +169,7 @@ class _Soft(NamedTuple):
     label: Tensor|None = None # the gradient for the label, of dkd
     slips: tuple|None = None # what rounding may do to TCKD and its slope
 
-# %% ../nbs/api/02_closed_forms.ipynb #6cdfb984
+# %% ../nbs/api/02_closed_forms.ipynb #ca51d052
 def _quick_soft(rows:Rows, form:"_Form", arrays:_Arrays)->_Soft:
     both, a, b, d, w = arrays
     kind, labelled = form.kind, form.kind in _LABELLED
@@ -183,7 +187,8 @@ def _quick_soft(rows:Rows, form:"_Form", arrays:_Arrays)->_Soft:
     if kind == "nkd": return _Soft(rows.others * loss, divergence, factors * rows.others, sums, lost)
     coin, alpha = _coin(rows, tops, sums, form), form.mix
     factors = torch.stack((rows.others - alpha * coin.slope, rows.others + 0 * coin.slope)) * factors
-    return _Soft(alpha * coin.loss + rows.others * loss, divergence, factors, sums, lost, alpha * coin.slope, coin.slips)
+    loss = _part(alpha, coin.loss) + _part(rows.others, loss)
+    return _Soft(loss, divergence, factors, sums, lost, alpha * coin.slope, coin.slips)
 
 # %% ../nbs/api/02_closed_forms.ipynb #696a33ec
 def _quick_hard(rows:Rows, h:Tensor, floor:bool)->tuple[Tensor, Tensor]: # both (n, 1), float64
@@ -337,7 +342,7 @@ def _careful_hard(rows:Rows, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Te
     grad = log_q.exp().scatter(-1, label, log_q.gather(-1, label).expm1())
     return value, grad.masked_fill(outside, torch.nan)
 
-# %% ../nbs/api/02_closed_forms.ipynb #64be659d
+# %% ../nbs/api/02_closed_forms.ipynb #33bcae41
 def _careful_labelled(rows:Rows, kind:str, alpha:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "DKD or NKD (n,), and its gradient by z / T; both NaN for a label out of range."
     T, others = (x.to(wide) if isinstance(x, Tensor) else x for x in (rows.T, rows.others))
@@ -348,12 +353,12 @@ def _careful_labelled(rows:Rows, kind:str, alpha:float, wide:torch.dtype, need_g
     alone = (less[0].isneginf() & less[1].isneginf()).all(-1, keepdim=True)
     s, t = (x.masked_fill(alone, 0) for x in less)
     value, grad, compared = _careful_forward(s, t, T, kind == "nkd")
-    value = others * value.unsqueeze(-1).masked_fill(alone, 0)
+    value = _part(others, value.unsqueeze(-1).masked_fill(alone, 0))
     if need_grad: grad = others * grad
     if kind == "dkd":
         coins = logit_reference._coins(whole, less, label, alone, T)
         coin, slope, _ = _careful_forward(*logit_reference._apart(coins, whole, (s, t), label, compared, T), 1., False)
-        value, slope = alpha * coin.unsqueeze(-1) + value, alpha * slope[:, :1]
+        value, slope = _part(alpha, coin.unsqueeze(-1)) + value, alpha * slope[:, :1]
         if need_grad: grad = (grad - slope * compared[1].masked_fill(alone, 0)).scatter(-1, label, slope)
     else:
         certain, _ = _careful_hard(rows._replace(student=rows.teacher, target=label), wide, False)

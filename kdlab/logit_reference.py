@@ -6,12 +6,12 @@
 __all__ = ['standardize', 'nkd', 'stable_nkd', 'dkd_parts', 'dkd', 'stable_dkd_parts', 'stable_dkd', 'binary_forward_kl',
            'stable_binary_forward_kl', 'ranks', 'soft_rank', 'soft_spearman']
 
-# %% ../nbs/api/03_logit_reference.ipynb #0764d375
+# %% ../nbs/api/03_logit_reference.ipynb #611de821
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .feature_reference import stable_cosine
-from .reference import _compare, _difference, _log_softmax, _sum, stable_forward_kl
+from .reference import _compare, _difference, _infinite, _kl_to_mix, _log_softmax, _sum, stable_forward_kl
 
 # %% ../nbs/api/03_logit_reference.ipynb #c7e2bf89
 def standardize(
@@ -116,7 +116,7 @@ def _apart(coins:list, pair:tuple, others:tuple, at:Tensor, compared:tuple, T)->
     new = torch.cat([D, rest], -1), torch.cat([torch.zeros_like(D), rest], -1)
     return [torch.where(good, x, y) for x, y in zip(new, coins)]
 
-# %% ../nbs/api/03_logit_reference.ipynb #164c5641
+# %% ../nbs/api/03_logit_reference.ipynb #d590a4ee
 def stable_dkd_parts(student, teacher, target, T=1.0)->tuple[Tensor, Tensor]:
     "`dkd_parts`, accurate near convergence; a label out of range makes its row NaN."
     C = student.shape[-1]
@@ -129,14 +129,16 @@ def stable_dkd_parts(student, teacher, target, T=1.0)->tuple[Tensor, Tensor]:
     alone = (both[0].isneginf() & both[1].isneginf()).all(-1, keepdim=True) # no class beside the label's
     both = [z.masked_fill(alone, 0) for z in both]
     pair, at = (student, teacher), target.unsqueeze(-1)
-    coins = _apart(_coins(pair, both, at, alone, T), pair, both, at, _compare(*both, T), T)
-    nckd = stable_forward_kl(*both, T).masked_fill(alone.squeeze(-1), 0)
+    compared, (no_s, no_t) = _compare(*both, T), (z.isneginf() for z in both)
+    coins = _apart(_coins(pair, both, at, alone, T), pair, both, at, compared, T)
+    nckd = _kl_to_mix(*compared, 0) + _infinite((no_s & ~no_t).any(-1)) # as in stable_forward_kl
+    nckd = nckd.masked_fill(alone.squeeze(-1), 0)
     return stable_forward_kl(*coins) * spoil, nckd * spoil
 
 def stable_dkd(student, teacher, target, T=1.0, alpha=1.0, beta=8.0)->Tensor:
-    "`dkd`, accurate near convergence; a label out of range makes its row NaN."
-    tckd, nckd = stable_dkd_parts(student, teacher, target, T)
-    return alpha * tckd + beta * nckd
+    "`dkd`, accurate near convergence; a label out of range makes its row NaN, and a part with the weight 0 is not there."
+    parts = zip((alpha, beta), stable_dkd_parts(student, teacher, target, T))
+    return sum(weight * (part if weight else part.masked_fill(part == torch.inf, 0)) for weight, part in parts)
 
 # %% ../nbs/api/03_logit_reference.ipynb #4c99cf1d
 def binary_forward_kl(

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['dkd', 'dkd_parts']
 
-# %% ../../nbs/api/functional/14_decoupled.ipynb #534088f1
+# %% ../../nbs/api/functional/14_decoupled.ipynb #ad678dae
 import torch
 from torch import Tensor
-from .. import logit_reference as reference
 from .. import ops
 from .contract import check_weight
 from .divergences import _divergence, question
-from .logits import plain_rows
 
 # %% ../../nbs/api/functional/14_decoupled.ipynb #ee99b922
 def dkd(
@@ -44,12 +42,7 @@ def dkd(
                        ignore_index=ignore_index, row_weight=row_weight, reduction=reduction, normalizer=normalizer,
                        detach_teacher=detach_teacher, backend=backend, inplace_grad=inplace_grad, others=beta)
 
-# %% ../../nbs/api/functional/14_decoupled.ipynb #8ff7c417
-def _square(T, t_squared:bool):
-    "T², one number or one a row; 1 without it."
-    if not t_squared: return 1.
-    return (T.squeeze(-1) if ops._by_row(T) else T)**2
-
+# %% ../../nbs/api/functional/14_decoupled.ipynb #fef77588
 def dkd_parts(
     student:Tensor, # student logits, (..., C)
     teacher:Tensor, # teacher logits, same shape
@@ -62,5 +55,6 @@ def dkd_parts(
     rows, q = question(student, teacher, target, labels=labels, T=T, dim=dim, mask=mask, ignore_index=ignore_index,
                        reduction="none", kind="dkd")
     ops.refuse_bad_labels(rows[0], rows[2], mask, ignore_index)
-    formula = lambda part: lambda s, t, y, T: reference.stable_dkd_parts(s, t, y, T)[part] * _square(T, t_squared)
-    with torch.no_grad(): return tuple(plain_rows(formula(i), *rows, T, q) for i in range(2))
+    q = q._replace(T=T.detach() if isinstance(T, Tensor) else T, t_squared=t_squared)
+    parts = q._replace(mix=1., others=0.), q._replace(mix=0., others=1.)
+    return tuple(ops.row_terms(*rows[:4], part, "torch")["dkd"] for part in parts)
