@@ -48,9 +48,9 @@ def test_the_parts_are_those_of_the_definition_and_accurate_near_convergence():
         assert got[1].item() == pytest.approx(float(want), rel=1e-6)
 
 
-@pytest.mark.parametrize("C", [7, 300])
+@pytest.mark.parametrize("C, backend", [(7, "torch"), *((300, backend) for backend in BACKENDS)])
 @pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
-def test_tckd_keeps_its_digits_where_the_log_odds_agree_by_chance(C, gap):
+def test_tckd_keeps_its_digits_where_the_log_odds_agree_by_chance(C, gap, backend):
     "Student and teacher differ about every class, and yet nearly not about the label."
     from mpmath import mp, mpf, exp, log
     t, s = (x.float().double() for x in (pair(C=C)[1], pair(C=C, seed=1)[1]))
@@ -60,7 +60,7 @@ def test_tckd_keeps_its_digits_where_the_log_odds_agree_by_chance(C, gap):
     leaf = s.double().requires_grad_()
     tckd, _ = logit_reference.stable_dkd_parts(leaf, t, y)
     slope = torch.autograd.grad(tckd.sum(), leaf)[0].gather(-1, y[:, None])[:, 0]
-    got = f.dkd(s.requires_grad_(), t.float(), y, T=1.0, beta=0.0, reduction="none", backend="torch")
+    got = f.dkd(s.requires_grad_(), t.float(), y, T=1.0, beta=0.0, reduction="none", backend=backend)
     grad = torch.autograd.grad(got.sum(), s)[0].gather(-1, y[:, None])[:, 0]
     with mp.workdps(60):
         for i in range(6):
@@ -74,11 +74,10 @@ def test_a_part_of_weight_0_is_not_there():
     s, t = (x.float() for x in pair(C=70))
     tckd, nckd = dkd_parts(s, t, Y)
     s[0, 9] = s[1, 6] = -INF  # another class, then the label
-    for closed in (True, False):
-        T = torch.tensor(4.0, requires_grad=not closed)
-        torch.testing.assert_close(f.dkd(s, t, Y, T=T, beta=0.0, reduction="none", backend="torch")[2:], tckd[2:])
-        torch.testing.assert_close(f.dkd(s, t, Y, T=T, alpha=0.0, beta=1.0, reduction="none", backend="torch")[1:], nckd[1:])
-        assert f.dkd(s, t, Y, T=T, beta=0.0, reduction="none", backend="torch")[0].isfinite()
+    for backend, T in ((BACKENDS[-1], 4.0), ("torch", 4.0), ("torch", torch.tensor(4.0, requires_grad=True))):
+        torch.testing.assert_close(f.dkd(s, t, Y, T=T, beta=0.0, reduction="none", backend=backend)[2:], tckd[2:])
+        torch.testing.assert_close(f.dkd(s, t, Y, T=T, alpha=0.0, beta=1.0, reduction="none", backend=backend)[1:], nckd[1:])
+        assert f.dkd(s, t, Y, T=T, beta=0.0, reduction="none", backend=backend)[0].isfinite()
     assert [x.isinf().tolist()[:3] for x in dkd_parts(s, t, Y)] == [[False, True, False], [True, False, False]]
 
 

@@ -47,6 +47,14 @@ KDLAB_OUT_OF_LINE Coin toss(double l_s, double l_t, double D) {
     return {p * small_psi<R>(v) + rest * small_psi<R>(w), sign * p * std::expm1(v)};
 }
 
+// Are the digits of a float32 sum's logarithm too few for alpha TCKD, beside the loss? It depends on D alone: where that is
+// small by chance, while classes differ, an error in it is large.
+inline bool too_coarse(double l_s, double l_t, double D, double alpha, double slope, double loss) {
+    constexpr double slip = 4e-7;                           // of the two logarithms, at most
+    const double odds = std::exp(-std::fabs(l_t)), spread = odds / ((1 + odds) * (1 + odds));
+    return std::isfinite(l_s) && slip * (std::fabs(slope) + spread * std::fabs(alpha * D)) > 1e-6 * std::fabs(loss);
+}
+
 // The same for a row in each lane, from the label's logits, the largest ones of the others, and what the KL of those found
 template <class V> struct CoinOf { V value, slope; };
 

@@ -7,11 +7,16 @@ void wide_rows(const Job& job, int64_t begin, int64_t end, void* scratch) {
     else WideRows<kSweep, false, E>(job, end, scratch).run(begin);
 }
 
+// DKD with hardly any NCKD, which may need more digits than lanes have
+inline bool mostly_tckd(const Job& job) {
+    return job.kl && job.kind == KDLAB_DKD && std::fabs(job.others) < 0.1 * std::fabs(job.mix);
+}
+
 template <class E>
 void soft_kl_as(const Job& job, int64_t begin, int64_t end, void* scratch) {
     if (job.kl && job.kind == KDLAB_LOGIT_MSE) {
         wide_rows<KDLAB_LOGIT_MSE, E>(job, begin, end, scratch);
-    } else if (job.cols <= widest_narrow) {
+    } else if (job.cols <= widest_narrow && !mostly_tckd(job)) {
         if (job.kl && job.ce) NarrowRows<true, true, E>(job, scratch).run(begin, end);
         else if (job.kl) NarrowRows<true, false, E>(job, scratch).run(begin, end);
         else NarrowRows<false, true, E>(job, scratch).run(begin, end);

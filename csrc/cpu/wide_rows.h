@@ -483,7 +483,7 @@ class WideRows {
             f.s = f.t = all<V>(R(nothing));
             return nothing;
         }
-        const double l_t = (t - double(row.from_t)) / job.T - std::log(zt);
+        double l_t = (t - double(row.from_t)) / job.T - std::log(zt);
         double l_s = (s - double(row.from_s)) / job.T - std::log(zs), D = l_s - l_t, M = 0;
         double nckd = zs > 0 && zt > 0 ? m / zt / job.T + std::log(zs / zt) : NAN;
         bool close = false;
@@ -501,15 +501,29 @@ class WideRows {
         if (kNKD) nckd += FamilyRows<KDLAB_SOFT_CROSS_ENTROPY, V>(job, temperature, x)
                               .entropy_of(real(row), max_of(z.top_t), z.entropy.total(), zt, excludes, row.label);
         const bool excluded = s == -INFINITY && t > -INFINITY;                    // then NKD has no end, however small p_y is
-        const Coin tckd = kNKD ? Coin{excluded ? INFINITY : 0, s < INFINITY && t < INFINITY ? 0 : NAN} : toss<R>(l_s, l_t, D);
-        const double alpha = kNKD ? 1 : job.mix, of_label = alpha * tckd.slope, at_label = g * of_label;
+        Coin tckd = kNKD ? Coin{excluded ? INFINITY : 0, s < INFINITY && t < INFINITY ? 0 : NAN} : toss<R>(l_s, l_t, D);
+        const double alpha = kNKD ? 1 : job.mix, rest = job.others == 0 ? 0 : job.others * nckd;  // a part of weight 0 is not there
+        if (sizeof(R) == 4 && !kNKD && !close && too_coarse(l_s, l_t, D, alpha, alpha * tckd.slope, alpha * tckd.value + rest)) {
+            l_t = (t - double(row.from_t)) / job.T - std::log(precise_sum(row.t, row.from_t, row.label));
+            l_s = (s - double(row.from_s)) / job.T - std::log(precise_sum(row.s, row.from_s, row.label));
+            tckd = toss<double>(l_s, l_t, l_s - l_t);
+        }
+        const double of_label = alpha * tckd.slope, at_label = g * of_label;
         const double of_s = close ? g * (job.others - of_label) / (1 + M) : g * (job.others - of_label) / zs;
         const double of_t = close ? g * (job.others * M + of_label) / (1 + M) / zt : g * job.others / zt;
         f.s = all<V>(R(of_s));
         f.t = all<V>(R(of_t));
         if (std::fabs(of_s) > std::fabs(of_t)) es = R(at_label / of_s);
         else if (of_t != 0) et = R(-at_label / of_t);
-        return alpha * tckd.value + alpha * tckd.slope * 0 + job.others * nckd;
+        return (alpha == 0 ? 0 : alpha * tckd.value) + tckd.slope * 0 + rest;
+    }
+
+    // Sum of e over the classes other than the label, to the digits of double
+    KDLAB_OUT_OF_LINE double precise_sum(const E* p, R from, int64_t label) const {
+        double sum = 0;
+        for (int64_t i = 0; i < cols; ++i)
+            if (i != label) sum += std::exp((double(to_real(p[i])) - double(from)) / job.T);
+        return sum;
     }
 
     // The teacher's, at T = 1, from the sum over the other classes
