@@ -342,7 +342,7 @@ def _careful_hard(rows:Rows, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Te
     grad = log_q.exp().scatter(-1, label, log_q.gather(-1, label).expm1())
     return value, grad.masked_fill(outside, torch.nan)
 
-# %% ../nbs/api/02_closed_forms.ipynb #33bcae41
+# %% ../nbs/api/02_closed_forms.ipynb #294a859d
 def _careful_labelled(rows:Rows, kind:str, alpha:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
     "DKD or NKD (n,), and its gradient by z / T; both NaN for a label out of range."
     T, others = (x.to(wide) if isinstance(x, Tensor) else x for x in (rows.T, rows.others))
@@ -366,8 +366,8 @@ def _careful_labelled(rows:Rows, kind:str, alpha:float, wide:torch.dtype, need_g
         p = (-certain).exp()
         value = value + (p * hard.masked_fill(p == 0, 0)).unsqueeze(-1)
         if need_grad: grad = grad + T * p.unsqueeze(-1) * h
-    value = value.masked_fill(outside, torch.nan).squeeze(-1)
-    return value, grad.masked_fill(outside, torch.nan) if need_grad else None
+    value = value.masked_fill(outside, torch.nan)
+    return value.squeeze(-1), grad.masked_fill(value.isnan(), torch.nan) if need_grad else None # NaN spoils all of its row
 
 # %% ../nbs/api/02_closed_forms.ipynb #f43104fc
 def _careful_squares(rows:Rows, kind:str, center:float, wide:torch.dtype, need_grad:bool)->tuple[Tensor, Tensor|None]:
