@@ -623,7 +623,7 @@ function kdControls(box, controls, values, changed, pressed) {
 }
 """
 
-# %% ../../nbs/api/figures/00_kit.ipynb #ebcf94d1
+# %% ../../nbs/api/figures/00_kit.ipynb #49c517f9
 NO_PICTURE = "There is no picture. The message below says what to give."
 _PAGE_JS = f"const NO_PICTURE = {json.dumps(NO_PICTURE)};" + """
 const base = document.getElementById("kd-data"), { fig, controls, values, states } = JSON.parse(base.textContent);
@@ -648,7 +648,10 @@ function draw() {
 const changed = (name, value) => { values[name] = value; draw(); };
 kdControls(document.getElementById("kd-controls"), controls, values, changed);
 draw();
-kdFit(plot, () => {});
+kdFit(plot, () => {
+  const width = plot.clientWidth;
+  if (width && plot._fullLayout && plot._fullLayout.width !== width) Plotly.relayout(plot, { width });
+});
 """
 PAGE_CSS = """
 :root { color-scheme: light dark; --kd-page-ink: #1b1b1b; --kd-page-paper: #ffffff; }

@@ -235,6 +235,7 @@ def test_the_exported_page_works_alone(book, browser, tmp_path):
     page.screenshot(path=SHOTS / "export_dark.png")
     page.set_viewport_size(dict(width=480, height=800))
     page.wait_for_function("() => document.getElementById('kd-plot').style.transform.startsWith('scale')")
+    page.wait_for_function("() => document.querySelector('#kd-plot .main-svg').clientWidth === 800")
     assert page.evaluate("document.documentElement.scrollWidth") <= 480
     page.screenshot(path=SHOTS / "export_narrow.png")
     assert record.console == [] and record.failed == [] and record.outside == []
