@@ -64,8 +64,9 @@ class _Numbers:
         self.held.append(x.detach().to(torch.float64))
         return 0., self.held[-1].data_ptr()
 
-# %% ../nbs/api/02_cuda_ops.ipynb #dccb1638
-KERNELS = "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy"
+# %% ../nbs/api/02_cuda_ops.ipynb #50cb6751
+KERNELS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy",
+           "dkd", "nkd", "logit_mse")
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -73,7 +74,7 @@ def _address(x:Tensor|None)->int: return 0 if x is None else x.data_ptr()
 
 def _workspace(numbers:int, like:Tensor)->Tensor: return torch.empty(numbers, dtype=torch.float64, device=like.device)
 
-# %% ../nbs/api/02_cuda_ops.ipynb #88c97747
+# %% ../nbs/api/02_cuda_ops.ipynb #f3555b1b
 def rows(call, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->int:
     "Fill what is given for a call that `kdlab.ops` laid out. Returns -1: a bad label makes its row NaN here."
     q, s, module, number = call.q, call.student, kernels()[0], _Numbers()
@@ -84,7 +85,8 @@ def rows(call, out=None, grad=None, grad_in=None, kl_rows=None, ce_rows=None)->i
         *map(_address, (s, call.teacher, call.target, call.mask, call.row_weight)),
         *map(_address, (grad_in, grad, kl_rows, ce_rows, out)), _CODES[call.dtype], _CODES[call.loss_dtype], call.rows,
         call.cols, *call.strides, number(q.T), q.t_squared, number(q.kl_weight), number(q.ce_weight),
-        _REDUCTIONS[q.reduction], normalizer, q.ignore_index, kind, q.mix, *_place(s), space.data_ptr())
+        _REDUCTIONS[q.reduction], normalizer, q.ignore_index, kind, q.mix, q.others, *_place(s),
+        space.data_ptr())
     return -1
 
 # %% ../nbs/api/02_cuda_ops.ipynb #ac2d200c

@@ -6,12 +6,12 @@
 __all__ = ['standardize', 'nkd', 'stable_nkd', 'dkd_parts', 'dkd', 'stable_dkd_parts', 'stable_dkd', 'binary_forward_kl',
            'stable_binary_forward_kl', 'ranks', 'soft_rank', 'soft_spearman']
 
-# %% ../nbs/api/03_logit_reference.ipynb #aed96d98
+# %% ../nbs/api/03_logit_reference.ipynb #0764d375
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .feature_reference import stable_cosine
-from .reference import _log_softmax, _sum, stable_forward_kl
+from .reference import _compare, _difference, _log_softmax, _sum, stable_forward_kl
 
 # %% ../nbs/api/03_logit_reference.ipynb #c7e2bf89
 def standardize(
@@ -95,7 +95,28 @@ def dkd(student, teacher, target, T=1.0, alpha=1.0, beta=8.0)->Tensor:
     tckd, nckd = dkd_parts(student, teacher, target, T)
     return alpha * tckd + beta * nckd
 
-# %% ../nbs/api/03_logit_reference.ipynb #42232bc4
+# %% ../nbs/api/03_logit_reference.ipynb #ae0ca1ef
+def _coins(pair:tuple, others:tuple, at:Tensor, alone:Tensor, T)->list[Tensor]: # two of (..., 2)
+    "Logits over T of the label and of all others together, of student and teacher."
+    coins = []
+    for z, rest in zip(pair, others):
+        top = z.detach().amax(-1, keepdim=True) # first, so that an offset costs no digits
+        rest = ((rest - top) / T).logsumexp(-1, keepdim=True)
+        coins.append(torch.cat([(z.gather(-1, at) - top) / T, rest.masked_fill(alone, -torch.inf)], -1))
+    return coins
+
+def _apart(coins:list, pair:tuple, others:tuple, at:Tensor, compared:tuple, T)->list[Tensor]:
+    "The same with the digits of their difference, where it is finite; `compared`: the others by `_compare`."
+    p, q, v, _ = compared
+    i = (p * q).detach().argmax(-1, keepdim=True)
+    (d, e), (f, g) = (_difference(*(z.gather(-1, c) for z in x)) for x, c in ((pair, at), (others, i)))
+    D, odds = ((d - f) + (e - g)) / T + v.gather(-1, i), coins[1][..., :1] - coins[1][..., 1:]
+    good = (D + odds).detach().isfinite()
+    D, rest = D.masked_fill(~good, 0), -odds.masked_fill(~good, 0)
+    new = torch.cat([D, rest], -1), torch.cat([torch.zeros_like(D), rest], -1)
+    return [torch.where(good, x, y) for x, y in zip(new, coins)]
+
+# %% ../nbs/api/03_logit_reference.ipynb #164c5641
 def stable_dkd_parts(student, teacher, target, T=1.0)->tuple[Tensor, Tensor]:
     "`dkd_parts`, accurate near convergence; a label out of range makes its row NaN."
     C = student.shape[-1]
@@ -107,13 +128,10 @@ def stable_dkd_parts(student, teacher, target, T=1.0)->tuple[Tensor, Tensor]:
     both = [_others(z, target) for z in (student, teacher)]
     alone = (both[0].isneginf() & both[1].isneginf()).all(-1, keepdim=True) # no class beside the label's
     both = [z.masked_fill(alone, 0) for z in both]
-    coins = []
-    for z, others in zip((student, teacher), both):
-        top = z.detach().amax(-1, keepdim=True) # first, so that an offset costs no digits
-        rest = T * ((others - top) / T).logsumexp(-1, keepdim=True)
-        coins.append(torch.cat([z.gather(-1, target.unsqueeze(-1)) - top, rest.masked_fill(alone, -torch.inf)], -1))
+    pair, at = (student, teacher), target.unsqueeze(-1)
+    coins = _apart(_coins(pair, both, at, alone, T), pair, both, at, _compare(*both, T), T)
     nckd = stable_forward_kl(*both, T).masked_fill(alone.squeeze(-1), 0)
-    return stable_forward_kl(*coins, T) * spoil, nckd * spoil
+    return stable_forward_kl(*coins) * spoil, nckd * spoil
 
 def stable_dkd(student, teacher, target, T=1.0, alpha=1.0, beta=8.0)->Tensor:
     "`dkd`, accurate near convergence; a label out of range makes its row NaN."

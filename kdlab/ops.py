@@ -153,7 +153,7 @@ def _has_closed_form(student, teacher, row_weight, q:Question)->bool:
     if student.dtype not in _CODES or (teacher is not None and teacher.dtype not in _CODES): return False
     return not any(map(_learns, (teacher, row_weight, q.T, q.kl_weight, q.ce_weight, q.normalizer)))
 
-# %% ../nbs/api/02_ops.ipynb #671fcea5
+# %% ../nbs/api/02_ops.ipynb #5d0da3d2
 def _one_a_row(x):
     "A tensor with a number for each row as (n, 1); on the CPU a number as a float, and others in float64."
     if not isinstance(x, Tensor): return x
@@ -167,13 +167,16 @@ def _closed_question(student, teacher, target, valid, row_weight, q:Question)->c
     C = student.shape[-1]
     count = student.numel() // C if valid is None and q.normalizer is None else _one_a_row(_denominator(valid, student, q))
     if q.reduction == "mean": share = share / count
-    if not q.use_ce: target = None
-    elif valid is not None: target = target.masked_fill(~valid, 0)
+    labels = target if _reads_labels(q) else None
+    if valid is not None and labels is not None: labels = labels.masked_fill(~valid, 0)
+    squared, others = q.t_squared and q.kind != "nkd", q.others
+    if q.kind == "nkd" and q.t_squared: others = others * T * T # there it belongs to one of two terms
     flat = lambda x, last: x if x is None or x.dim() == 2 and x.shape[1] == last else x.reshape(-1, last)
-    return closed_forms.Rows(flat(student, C), flat(teacher, C), flat(target, 1), flat(valid, 1), T,
-                             (soft * T if q.t_squared else soft / T) * share, hard * share)
+    return closed_forms.Rows(flat(student, C), flat(teacher, C), flat(labels if q.use_ce else None, 1), flat(valid, 1), T,
+                             (soft * T if squared else soft / T) * share, hard * share,
+                             flat(labels if q.kind in _LABELLED else None, 1), others)
 
-# %% ../nbs/api/02_ops.ipynb #c51f83ac
+# %% ../nbs/api/02_ops.ipynb #9d0a470b
 def _closed_rows(student, teacher, target, mask, row_weight, q:Question, need_grad:bool)->tuple:
     "Terms by row and which rows count, as from `torch_rows`, and the student's gradient; float16's is float32."
     valid, out, grad = _valid(target, mask, q.ignore_index), _loss_dtype(student, teacher), None
@@ -184,7 +187,7 @@ def _closed_rows(student, teacher, target, mask, row_weight, q:Question, need_gr
     flat = grad if grad is None or grad.dim() == 2 else grad.view(rows.student.shape)
     soft, hard = closed_forms.rows_and_gradient(rows, q.kind, q.mix, out, flat)
     terms, shape = {}, student.shape[:-1]
-    if soft is not None: terms[q.kind] = soft.view(shape) * q.T**2 if q.t_squared else soft.view(shape)
+    if soft is not None: terms[q.kind] = soft.view(shape) * q.T**2 if q.t_squared and q.kind != "nkd" else soft.view(shape)
     if hard is not None: terms["cross_entropy"] = hard.view(shape)
     return terms, valid, grad
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MOST_MASS', 'Question', 'bad_rows', 'torch_sparse', 'sparse_op', 'choose', 'answer']
 
-# %% ../nbs/api/03_sparse_ops.ipynb #bc496c10
+# %% ../nbs/api/03_sparse_ops.ipynb #eeccfa06
 import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from . import ops
+from . import ops, sparse_forms
 from . import sparse_reference as reference
 from .feature_ops import without_autocast
 
@@ -82,6 +82,61 @@ def _reduced(rows:Tensor, mask, row_weight, q:Question)->Tensor:
     if row_weight is not None: rows = rows * row_weight
     if q.reduction == "none": return rows
     return rows.sum() if q.reduction == "sum" else rows.sum() / ops._denominator(mask, rows, q)
+
+# %% ../nbs/api/03_sparse_ops.ipynb #095256ad
+def _has_closed_form(student, row_weight, q:Question)->bool:
+    "Does `sparse_forms` answer this question? Not for other derivatives, nor inside a graph."
+    if ops._as_operator() or ops._transforming() or student.numel() == 0 or student.dtype not in ops._CODES: return False
+    return not any(map(ops._learns, (row_weight, q.T, q.normalizer)))
+
+def _closed_rows(student, log_probs, ids, mask, row_weight, q:Question, need_grad:bool)->tuple[Tensor, Tensor|None]:
+    "Losses by row, with T², and the student's gradient; float16's is float32."
+    wide, result, C = ops._wide(student, None), ops._loss_dtype(student, student), student.shape[-1]
+    T, share = ops._one_a_row(q.T), 1. if row_weight is None else ops._one_a_row(row_weight)
+    if q.reduction == "mean": share = share / ops._one_a_row(ops._denominator(mask, student[..., 0], q))
+    log_probs, spoilt, grad = log_probs.to(wide), None, None
+    if student.device.type != "cpu": # elsewhere a bad row raised
+        spoilt = bad_rows(log_probs, ids, C)
+        log_probs = log_probs.masked_fill(spoilt.unsqueeze(-1), -torch.inf)
+    if need_grad: grad = ops._empty_grad(student.shape, torch.float32 if student.dtype is torch.float16 else student.dtype, student.device)
+    flat = lambda x, last: x if x is None else x.reshape(student.numel() // C, last)
+    rows = sparse_forms.Rows(flat(student, C), flat(log_probs, ids.shape[-1]), flat(ids, ids.shape[-1]), flat(mask, 1), T,
+                             (T if q.t_squared else 1 / T) * share)
+    found = sparse_forms.rows_and_gradient(rows, q.kind, q.tail, result, flat(grad, C)).view(student.shape[:-1])
+    if spoilt is not None:
+        found = found.masked_fill(spoilt, torch.nan)
+        if need_grad: grad.masked_fill_(spoilt.unsqueeze(-1), torch.nan)
+    return found * q.T**2 if q.t_squared else found, grad
+
+# %% ../nbs/api/03_sparse_ops.ipynb #d2d86a0a
+class _ClosedForm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, log_probs, ids, mask, row_weight, q):
+        rows, ctx.grad = _closed_rows(student, log_probs, ids, mask, row_weight, q, True)
+        ctx.q, ctx.like = q, None if ctx.grad.dtype is student.dtype and student.is_contiguous() else student.detach()
+        ctx.save_for_backward(student, log_probs, ids, mask, row_weight)
+        return _reduced(rows, mask, row_weight, q).to(ops._loss_dtype(student, student))
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad, ctx.grad = ctx.grad, None # handed out once: a gradient that we still held would be cloned
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            loss = torch_sparse(*tensors, ctx.q)
+            return torch.autograd.grad(loss, tensors[0], grad_out, create_graph=True)[0], *[None] * 5
+        if grad is None: grad = _closed_rows(*tensors, ctx.q, True)[1]
+        if grad_out.dim(): grad.mul_(grad_out.unsqueeze(-1))
+        elif grad_out.device.type != "cpu" or grad_out.item() != 1: grad.mul_(grad_out)
+        return grad if ctx.like is None else ops._as(grad, ctx.like), *[None] * 5
+
+# %% ../nbs/api/03_sparse_ops.ipynb #e0fc4671
+def _torch_answer(student, log_probs, ids, mask, row_weight, q:Question)->Tensor:
+    "Plain torch: the closed form where it is enough."
+    args = student, log_probs, ids, mask, row_weight, q
+    if not _has_closed_form(student, row_weight, q): return torch_sparse(*args)
+    with without_autocast(student):
+        if torch.is_grad_enabled() and student.requires_grad: return _ClosedForm.apply(*args)
+        return _reduced(_closed_rows(*args, False)[0], mask, row_weight, q).to(ops._loss_dtype(student, student))
 
 # %% ../nbs/api/03_sparse_ops.ipynb #9ec32ee6
 _KERNELS = {("forward_kl", tail) for tail in reference.TAILS} | {("reverse_kl", "bucket")}
@@ -188,7 +243,7 @@ def choose(backend:str, student, row_weight, q:Question)->str: # "cpp" or "torch
     if backend == "cpp": raise ValueError(f"backend='cpp' cannot run here: {why}; use backend='auto' or 'torch'")
     return "torch"
 
-# %% ../nbs/api/03_sparse_ops.ipynb #35cfa7c4
+# %% ../nbs/api/03_sparse_ops.ipynb #542419d2
 def answer(student, log_probs, ids, mask, row_weight, q:Question, backend:str="auto")->Tensor:
     "The reduced loss (or the rows, for reduction 'none') from the backend that suits."
     need, args = torch.is_grad_enabled() and student.requires_grad, (student, log_probs, ids, mask, row_weight)
@@ -197,7 +252,7 @@ def answer(student, log_probs, ids, mask, row_weight, q:Question, backend:str="a
             bad = bad_rows(log_probs, ids, student.shape[-1])
             if mask is not None: bad = bad & mask
             if bad.any(): _raise_bad_row(int(bad.reshape(-1).int().argmax()), log_probs, ids, student.shape[-1])
-        return torch_sparse(*args, q)
+        return _torch_answer(*args, q)
     if ops._as_operator():
         normalizer = None if q.normalizer is None else ops._number(q.normalizer)
         stored = need and student.dtype is not torch.float16

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import kdlab as kd
-from kdlab import cuda_ops, feature_ops, ops, reference
+from kdlab import cuda_ops, feature_ops, logit_reference, ops, reference
 from kdlab.functional.divergences import question
 
 ROOT = Path(__file__).parents[1]
@@ -28,9 +28,14 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 LOSSES = [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {"beta": .5}), ("jsd", {"beta": .1}),
           ("skew_kl", {"alpha": .1}), ("skew_kl", {"alpha": .7}), ("skew_reverse_kl", {"alpha": .1}),
-          ("skew_reverse_kl", {"alpha": .7}), ("total_variation", {}), ("soft_cross_entropy", {})]
+          ("skew_reverse_kl", {"alpha": .7}), ("total_variation", {}), ("soft_cross_entropy", {}),
+          ("dkd", {"alpha": 1., "beta": 8.}), ("dkd", {"alpha": 2., "beta": .5}), ("nkd", {"gamma": 1.5}),
+          ("logit_mse", {"center": False}), ("logit_mse", {"center": True})]
+LABELLED = "dkd", "nkd" # those that need labels
+INPLACE = [x for x in LOSSES if x[0] not in ("nkd", "logit_mse")]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in LOSSES]
 losses = pytest.mark.parametrize("name, options", LOSSES, ids=IDS)
+inplace_losses = pytest.mark.parametrize("name, options", INPLACE, ids=IDS[:len(INPLACE)])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 
 
@@ -79,7 +84,8 @@ def emulated(tmp_path_factory):
     if compiler is None: pytest.skip("no g++: the kernels are not emulated")
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-DKDLAB_EMULATE",
              '-DKDLAB_CUDA_ARCHS="emulated"', "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
-    sources = [ROOT / "csrc" / "cuda" / name for name in ("rows.cu", "binding.cpp", "features.cu")]
+    names = "rows.cu", "decoupled.cu", "squares.cu", "binding.cpp", "features.cu"
+    sources = [ROOT / "csrc" / "cuda" / name for name in names]
     objects = compiled(compiler, folder, flags, *sources, NATIVE / "cuda_emulated.cpp")
     path = folder / "_CUDA.so"
     subprocess.run([compiler, "-shared", *objects, "-o", path], check=True)
@@ -142,19 +148,28 @@ def value_and_grad(f, student):
     return value.detach().cpu(), torch.autograd.grad(value.sum(), student)[0].cpu()
 
 
-def run(device, name, options, s, t, *rest, **more):
+def labels_of(x): return 5 * torch.arange(x.shape[0]) % max(1, x.shape[-1])
+
+
+def run(device, name, options, s, t, y=None, **more):
     "Value and gradient by the kernel."
+    if y is None and name in LABELLED: y = labels_of(s)
+    if name == "logit_mse": more.pop("T", None)
     to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
     more = {k: to(v) for k, v in more.items()}
-    f, rest = getattr(kd.functional, name), [to(x) for x in (t, *rest)]
+    f, rest = getattr(kd.functional, name), [to(t), to(y)]
     return value_and_grad(lambda x: f(x, *rest, backend="cuda", **options, **more), to(s))
 
 
-def oracle(name, options, s, t, T=1., reading="stable_"):
+def oracle(name, options, s, t, T=1., y=None):
     "Rows and d(sum of rows)/d student, in float64 on the CPU; T² included."
-    read = getattr(reference, reading + name)
-    rows, grad = value_and_grad(lambda x: read(x, t.double(), T, *options.values()), s.double())
-    return T * T * rows, T * T * grad
+    y = labels_of(s) if y is None else y
+    t, more = t.double(), options.values()
+    if name == "logit_mse": rows = lambda x: reference.stable_logit_mse(x, t, **options)
+    elif name == "nkd": rows = lambda x: logit_reference.stable_nkd(x, t, y, T, *more)
+    elif name == "dkd": rows = lambda x: T * T * logit_reference.stable_dkd(x, t, y, T, *more)
+    else: rows = lambda x: T * T * getattr(reference, f"stable_{name}")(x, t, T, *more)
+    return value_and_grad(rows, s.double())
 
 
 def assert_same(got, want, rtol=1e-6, atol=1e-12): torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol)
@@ -191,9 +206,10 @@ def test_accurate_where_the_student_has_nearly_converged(device, name, options, 
     assert (got_grad.double() - want_grad).abs().max() < 2e-6 * want_grad.abs().max()
 
 
-@pytest.mark.parametrize("name, options", [LOSSES[0], LOSSES[1], LOSSES[2]], ids=["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("C, dtype", [(0, 0), (1, 0), (7, 0), (252, 2), (507, 0), (1271, 1), (1271, 3), (32000, 0),
-                                      (128256, 2)])
+@pytest.mark.parametrize("name, options", [LOSSES[i] for i in (0, 1, 2, 10, 12, 14)],
+                         ids=["forward_kl", "reverse_kl", "jsd", "dkd", "nkd", "logit_mse"])
+@pytest.mark.parametrize("C, dtype", [(0, 0), (1, 0), (2, 0), (7, 0), (10, 2), (252, 2), (507, 0), (1271, 1),
+                                      (1271, 3), (32000, 0), (128256, 2)])
 def test_numbers_of_classes(device, name, options, C, dtype):
     dtype = DTYPES[dtype]
     s, t = pair(2, C, dtype=dtype)
@@ -210,7 +226,7 @@ def test_masked_rows_are_exactly_zero_even_where_they_hold_nan(device, name, opt
     mask, y = torch.tensor([True, False, True, True, False, True]), torch.tensor([0, 1, -100, 2, 3, 4])
     s[1], t[1], s[2], t[4] = NAN, NAN, INF, NAN
     count = mask & (y != -100)
-    rows, grad = oracle(name, options, s[count], t[count], 2.)
+    rows, grad = oracle(name, options, s[count], t[count], 2., y[count])
     got, got_grad = run(device, name, options, s, t, y, T=2., mask=mask, reduction="none")
     assert got[~count].eq(0).all() and got_grad[~count].eq(0).all()
     assert_same(got[count], rows)
@@ -260,6 +276,79 @@ def test_a_bad_label_spoils_its_row_and_no_other(device):
     assert got[1:].isnan().all() and grad[1:].isnan().all() and got[0].isfinite() and grad[0].isfinite().all()
 
 
+APART = ("dkd", {"alpha": 1., "beta": 8.}), ("nkd", {"gamma": 1.5}), ("logit_mse", {"center": True})
+apart = pytest.mark.parametrize("name, options", APART, ids=[name for name, _ in APART])
+
+
+@apart
+@pytest.mark.parametrize("C", [1, 2, 6, 3000])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "float64"])
+def test_cross_entropy_beside_a_loss_that_sets_the_label_apart(device, name, options, C, dtype):
+    s, t = pair(5, C, dtype=dtype)
+    y, w = labels_of(s), torch.tensor([1., 2., NAN, 0., .5], dtype=dtype)
+    y[2] = -100
+    mix, others = options.get("alpha", options.get("center", 0.)), options.get("beta", options.get("gamma", 0.))
+    T = 1. if name == "logit_mse" else 3.
+    rows, q = question(*(x.to(device) for x in (s, t, y)), hard_weight=.25, soft_weight=.75, row_weight=w.to(device),
+                       T=T, reduction="sum", kind=name, mix=float(mix), others=others)
+    got, grad = value_and_grad(lambda x: ops.answer(x, *rows[1:], q, "cuda"), s.to(device))
+    keep = y != -100
+    soft, soft_grad = oracle(name, options, s[keep], t[keep], T, y[keep])
+    ce, ce_grad = value_and_grad(lambda x: reference.stable_cross_entropy(x, y[keep]), s[keep].double())
+    assert_same(got, (w[keep] * (.75 * soft + .25 * ce)).sum())
+    want = w[keep, None] * (.75 * soft_grad + .25 * ce_grad)
+    if want.abs().max() > 0: assert_grad(grad[keep], want, dtype)
+    assert grad[~keep].eq(0).all()
+    terms = ops.row_terms(s.to(device), *rows[1:4], q, "cuda")
+    assert_same(terms[name].cpu()[keep], soft)
+    assert_same(terms["cross_entropy"].cpu()[keep], ce)
+
+
+@pytest.mark.parametrize("name, options", [*APART, ("soft_cross_entropy", {})])
+@pytest.mark.parametrize("C", [7, 1271])
+@pytest.mark.parametrize("T", [.05, 1., 100.])
+def test_rows_that_are_sure_and_rows_that_lie_far_away(device, name, options, C, T):
+    s, t = pair(6, C)
+    y = labels_of(s)
+    s[0, y[0]] += 30 * T # sure of the label, both
+    t[0, y[0]] += 31 * T
+    s[1, (y[1] + 1) % C] += 30 * T # sure of another class
+    t[1, (y[1] + 1) % C] += 31 * T
+    s[2, y[2]] += 30 * T # of different ones
+    t[2, (y[2] + 1) % C] += 30 * T
+    s[3:5] += 1e4
+    t[4] -= 1e4
+    s[5] = t[5] + 1e-3 * s[5]
+    want, want_grad = oracle(name, options, s, t, T)
+    got, grad = run(device, name, options, s, t, T=T, reduction="none")
+    assert_same(got, want, rtol=2e-6)
+    for i in range(6): # a sure row's is small, and float64 has its label's from a difference
+        assert (grad[i].double() - want_grad[i]).abs().max() < 3e-6 * want_grad[i].abs().max() + 1e-13
+
+
+@apart
+def test_labels_that_a_side_excludes_and_labels_out_of_range(device, name, options):
+    s, t = pair(8, 6)
+    y = labels_of(s)
+    for i in (0, 1): s[i, y[i]] = -INF
+    for i in (0, 2): t[i, y[i]] = -INF
+    s[3], t[3] = -INF, -INF # the label is the only class
+    s[3, y[3]], t[3, y[3]] = 1., 2.
+    s[4, y[4]], t[5, y[5]] = NAN, INF
+    want, want_grad = oracle(name, options, s, t, 2.)
+    got, grad = run(device, name, options, s, t, T=2., reduction="none")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0, equal_nan=True)
+    fine = want.isfinite()
+    torch.testing.assert_close(grad[fine].double(), want_grad[fine], rtol=1e-5, atol=1e-6)
+    if name == "logit_mse": return
+    assert got[1] == INF and got[4:6].isnan().all() and grad[4:6].isnan().all() and got[3] == 0
+    if device == "cuda": return # there and in a graph a bad label may not raise; here Python asks first
+    rows, q = question(s, t, y, T=2., reduction="none", kind=name, mix=1., others=1.)
+    y[6], y[7] = 6, -5
+    got, grad = value_and_grad(lambda x: ops.answer(x, *rows[1:], q, "cuda"), s)
+    assert got[6:].isnan().all() and grad[6:].isnan().all() and got[0].isfinite() and grad[0].isfinite().all()
+
+
 @losses
 @pytest.mark.parametrize("C", [6, 3000])
 def test_excluded_classes_and_spoilt_rows(device, name, options, C):
@@ -273,7 +362,8 @@ def test_excluded_classes_and_spoilt_rows(device, name, options, C):
     want, want_grad = oracle(name, options, s, t, 2.)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0, equal_nan=True)
     torch.testing.assert_close(got_grad.double(), want_grad, rtol=1e-5, atol=1e-6, equal_nan=True)
-    assert got[3:7].isnan().all() and got_grad[3:7].isnan().all() and got[7].isfinite()
+    if name != "logit_mse": assert got[3:7].isnan().all() and got_grad[3:7].isnan().all()
+    assert got[7].isfinite()
 
 
 @pytest.mark.parametrize("layout", ["sliced", "strided rows", "token axis", "dense", "expanded"])
@@ -300,9 +390,9 @@ def test_ways_to_lay_a_row_on_threads(device, shared, cluster, shift):
     module = cuda_ops.kernels()[0]
     module.limits(shared, cluster)
     try:
-        for name, options in (LOSSES[0], LOSSES[2]):
+        for name, options in (LOSSES[0], LOSSES[2], LOSSES[10], LOSSES[12], LOSSES[14]):
             rows, want = oracle(name, options, s.cpu(), t.cpu(), 2.)
-            got, grad = value_and_grad(lambda x: getattr(kd.functional, name)(x, t, T=2., backend="cuda", **options), s)
+            got, grad = run(device, name, options, s, t, T=2.)
             assert_same(got, rows.mean())
             assert_grad(grad, want / 3, torch.bfloat16)
     finally: module.limits(0, 0)
@@ -318,7 +408,7 @@ def test_the_gradient_may_take_the_students_place(device, C):
     assert torch.equal(s, apart)
 
 
-@losses
+@inplace_losses
 @pytest.mark.parametrize("dtype, shared, cluster", [(torch.float16, 0, 0), (torch.float32, 1 << 10, 1)],
                          ids=["own plan", "read twice"])
 def test_inplace_grad(device, name, options, dtype, shared, cluster):
@@ -340,10 +430,11 @@ def test_inplace_grad(device, name, options, dtype, shared, cluster):
     assert all(map(torch.equal, *results)) and results[0][1][2].eq(0).all()
 
 
-def test_repeated_runs_are_the_same_to_the_bit(device):
+@pytest.mark.parametrize("name", ["jsd", "dkd", "nkd", "logit_mse"])
+def test_repeated_runs_are_the_same_to_the_bit(device, name):
     s, t = (x.to(device) for x in pair(40, 2100))
     mask = torch.arange(40).ne(3).to(device)
-    once = lambda: run(device, "jsd", {}, s, t, mask=mask)
+    once = lambda: run(device, name, {}, s, t, mask=mask)
     first = once()
     for order in (1, 2, 3):
         if device == "cpu": cuda_ops.kernels()[0].order(order) # threads in another order: a missing barrier would show
@@ -481,11 +572,13 @@ def test_addresses_strides_numbers_device_and_stream(recorder):
     assert (student, teacher, target, weight, grad_in, kl, ce) == (s.data_ptr(), t.data_ptr(), y.data_ptr(), 0, 0, 0, 0)
     assert mask and grad and out
     assert args[10:16] == (0, 0, 4, 9, 12, 12)
-    (T_value, T_at), t_squared, kl_weight, ce_weight, reduction, normalizer, ignore_index, kind, mix = args[16:25]
-    device, stream, space = args[25:]
+    (T_value, T_at), t_squared, kl_weight, ce_weight, reduction, normalizer, ignore_index = args[16:23]
+    kind, mix, others = args[23:26]
+    device, stream, space = args[26:]
     assert T_value == 0 and T_at and t_squared # the address of a float64 copy: its value was not looked at
     assert ce_weight[1] == 0 == normalizer[1] and normalizer[0] == 5. and reduction == 2 and ignore_index == -100
-    assert kind == cuda_ops.KERNELS.index("jsd") and mix == 1 and (device, stream) == (3, 0xabc) and space
+    assert kind == cuda_ops.KERNELS.index("jsd") and (mix, others) == (1, 0) and (device, stream) == (3, 0xabc)
+    assert space
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not_otherwise(recorder, monkeypatch):
@@ -493,9 +586,10 @@ def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not_otherwise(recorder, mo
     q = ops.Question(kind="jsd", mix=.5)
     assert ops.choose("auto", s, t, None, q) == "cuda"
     assert ops.choose("auto", s, t.clone().requires_grad_(), None, q) == "torch"
-    assert ops.choose("auto", s, t.detach(), None, q._replace(kind="logit_mse")) == "torch"
-    with pytest.raises(ValueError, match="no kernel for logit_mse"):
-        ops.choose("cuda", s, t.detach(), None, q._replace(kind="logit_mse"))
+    with monkeypatch.context() as few:
+        few.setattr(cuda_ops, "KERNELS", ("forward_kl",))
+        assert ops.choose("auto", s, t.detach(), None, q) == "torch"
+        with pytest.raises(ValueError, match="no kernel for jsd"): ops.choose("cuda", s, t.detach(), None, q)
     assert feature_ops.choose_features("auto", s, s, has_cuda=True) == "cuda"
     with pytest.raises(ValueError, match="it has no CUDA kernel"): feature_ops.choose_features("cuda", s, s)
     monkeypatch.setattr(cuda_ops, "why_not", lambda x: "device 3 is not supported: too old")

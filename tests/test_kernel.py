@@ -586,3 +586,22 @@ def test_isa_from_environment():
                               capture_output=True, text=True, check=True)
         assert done.stdout.strip() in ISAS
         assert name not in ISAS or done.stdout.strip() == name
+
+
+def test_rounding_to_bfloat16_by_the_cpu_changes_nothing():
+    "Some CPUs have an instruction for it; bit for bit it does what the kernels do without. Trivial on the others."
+    import os
+    import subprocess
+    import sys
+    code = """
+import sys, torch, kdlab as kd
+s, t = (torch.randn(6, 1271, generator=torch.manual_seed(i)).mul(3).bfloat16() for i in range(2))
+s[1, 5], t[2, 7], s[3] = float("nan"), float("inf"), t[3]
+t[4, :70] = s[4, :70] = float("-inf")
+s.requires_grad_()
+kd.functional.forward_kl(s, t, T=2., reduction="sum", backend="cpp").backward()
+sys.stdout.buffer.write(s.grad.view(torch.int16).numpy().tobytes())
+"""
+    first, second = (subprocess.run([sys.executable, "-c", code], env={**os.environ, "KDLAB_BF16": how}, capture_output=True,
+                                    check=True).stdout for how in ("1", "0"))
+    assert len(first) == 6 * 1271 * 2 and first == second

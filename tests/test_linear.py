@@ -359,9 +359,9 @@ def test_bad_arguments_are_named(change, words):
 
 def test_estimate_memory():
     way = kd.estimate_memory(1024, 32_000, 512)
-    assert way["linear"] < way["linear_torch"] < way["sparse"] < way["logits"] < way["logits_torch"] < way["eager"]
+    assert way["linear"] < way["linear_torch"] < way["logits_inplace"] < way["sparse"] < way["logits"] < way["logits_torch"] < way["eager"]
     logits, head = 1024 * 32_000 * 4, 32_000 * 512 * 4 + 1024 * 512 * 4
-    assert way["eager"] == 7 * logits and way["logits"] == 3 * logits
+    assert way["eager"] == 7 * logits and way["logits"] == 3 * logits and way["logits_inplace"] == 2 * logits
     assert way["linear"] == 2 * 205 * 32_000 * 4 + head # 5 chunks of 205 rows
     assert kd.estimate_memory(1024, 32_000, 512, chunk=128)["linear"] == 2 * 128 * 32_000 * 4 + head
     gpu = kd.estimate_memory(8192, 128_256, 4096, 2, device="cuda")

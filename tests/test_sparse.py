@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kdlab as kd
-from kdlab import ops, sparse_ops, sparse_reference
+from kdlab import ops, sparse_forms, sparse_ops, sparse_reference
 from kdlab.functional import forward_kl, reverse_kl, sparse_forward_kl, sparse_reverse_kl, top_k
 from kdlab.sparse_ops import sparse_op
 
@@ -105,21 +105,27 @@ def test_bucket_is_below_the_whole_and_zero_at_the_teacher(backend):
     assert abs(loss) < 1e-14 and torch.autograd.grad(loss, same)[0].abs().max() < 1e-14
 
 
-@core
+def by_autograd(f, student, log_probs, ids, **question):
+    "Loss by row and gradient from the stable definition, in float64."
+    kind = f.__name__.removeprefix("sparse_")
+    exact = student.detach().double().requires_grad_()
+    rows = sparse_ops.torch_sparse(exact, log_probs, ids, None, None, sparse_ops.Question(kind, reduction="none", **question))
+    return rows.detach(), torch.autograd.grad(rows.sum(), exact)[0]
+
+
+@backends
 @pytest.mark.parametrize("dtype, loss_bar, grad_bar", [
     (torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 2**-8), (torch.float16, 1e-6, 2**-11), (torch.float64, 1e-9, 1e-9)])
 @asked
-def test_accuracy(dtype, loss_bar, grad_bar, f, tail):
-    if usable(f, tail, "cpp") == "torch": pytest.skip("no kernel")
+def test_accuracy(backend, dtype, loss_bar, grad_bar, f, tail):
+    if usable(f, tail, backend) != backend: pytest.skip("no kernel")
     for C, k in ((7, 3), (64, 16), (1000, 16), (1271, 100)):
         for T in (0.1, 1.0, 100.0):
             student, teacher, log_probs, ids = case((4,), C, k, T)
             for s in (student, teacher + 0.1 * student, teacher + 1e-3 * student, teacher + 1e4 if dtype != torch.float16 else student):
                 s = s.detach().to(dtype).requires_grad_()
-                exact = s.detach().double().requires_grad_()
-                want = f(exact, log_probs, ids, T=T, t_squared=False, tail=tail, reduction="none", backend="torch")
-                want_grad, = torch.autograd.grad(want.sum(), exact)
-                got = f(s, log_probs, ids, T=T, t_squared=False, tail=tail, reduction="none", backend="cpp")
+                want, want_grad = by_autograd(f, s, log_probs, ids, T=T, t_squared=False, tail=tail)
+                got = f(s, log_probs, ids, T=T, t_squared=False, tail=tail, reduction="none", backend=backend)
                 grad, = torch.autograd.grad(got.sum(), s)
                 finite = want.isfinite() # a reverse row whose rest is below 1e-6 is infinite
                 assert torch.equal(got[~finite].double(), want[~finite])
@@ -216,18 +222,46 @@ def test_infinities_and_nan_stay_in_their_row(backend, tail):
     assert grad[0].isfinite().all() and grad[1].isfinite().all() and grad[3:].isnan().all()
 
 
-@core
-def test_a_tail_too_far_away_for_exponentials():
+@backends
+@asked
+def test_rows_of_all_sorts_in_one_large_batch(backend, f, tail, monkeypatch):
+    "Ordinary, near, equal, padded, empty, excluded, spoilt, masked: each gets the care that it needs and disturbs no other."
+    monkeypatch.setattr(sparse_forms, "_BLOCK", 2**15)
+    backend = usable(f, tail, backend)
+    student, teacher, log_probs, ids = case((80,), 700, 9, spread=2.0)
+    with torch.no_grad():
+        student[::4] = teacher[::4] + 1e-2 * student[::4]
+        student[1::8] = teacher[1::8] + 1e-5 * student[1::8]
+        student[40:48] = teacher[40:48]
+        student[2, 5], student[3, ids[3, 1]], student[6], student[10, ids[10, 0]] = torch.nan, -torch.inf, -torch.inf, torch.inf
+        student[50:54] += 1e4
+        student[60:70, 100:300] = -torch.inf
+    log_probs[7:24:3, 4:] = -torch.inf
+    log_probs[26], log_probs[30, 2] = -torch.inf, torch.nan
+    log_probs[70:74] = log_probs[70:74].log_softmax(-1)
+    mask = torch.ones(80, dtype=torch.bool)
+    mask[[2, 11, 12]] = False
+    for dtype in (torch.float32, torch.float64):
+        s = student.detach().to(dtype)
+        want, want_grad = by_autograd(f, s.masked_fill(~mask[:, None], 0), log_probs, ids, T=2.0, tail=tail)
+        want, want_grad = want.masked_fill(~mask, 0), want_grad.masked_fill(~mask[:, None], 0)
+        got = f(s.requires_grad_(), log_probs, ids, T=2.0, tail=tail, mask=mask, reduction="none", backend=backend)
+        grad, = torch.autograd.grad(got, s, torch.ones_like(got))
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-14, equal_nan=True)
+        top = want_grad.abs().nan_to_num(0).amax(-1, keepdim=True).clamp(min=1e-9)
+        torch.testing.assert_close(grad.double() / top, want_grad / top, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@backends
+def test_a_tail_too_far_away_for_exponentials(backend):
     student = torch.tensor([[0.0, -1.0, -3000.0, -3001.0, -3002.0], [0.0, -1.0, -torch.inf, -3001.0, -3001.0]])
     log_probs, ids = torch.tensor([[0.6, 0.3]] * 2).log(), torch.tensor([[0, 1]] * 2)
     for f in (sparse_forward_kl, sparse_reverse_kl):
         for dtype in (torch.float32, torch.float64):
             s = student.to(dtype).requires_grad_()
-            exact = student.double().requires_grad_()
-            got, want = f(s, log_probs, ids, backend="cpp", reduction="none"), f(exact, log_probs, ids, backend="torch", reduction="none")
+            got, (want, want_grad) = f(s, log_probs, ids, backend=backend, reduction="none"), by_autograd(f, s, log_probs, ids)
             torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
-            grads = [torch.autograd.grad(x.sum(), y)[0].double() for x, y in ((got, s), (want, exact))]
-            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(torch.autograd.grad(got.sum(), s)[0].double(), want_grad, rtol=1e-5, atol=1e-7)
 
 
 @backends

@@ -55,6 +55,14 @@ const Kernels* choose_at_load() {
 
 std::atomic<const Kernels*> current{choose_at_load()};
 
+// Does the CPU itself round to bfloat16? KDLAB_BF16=0 does without, as on those that cannot.
+#ifdef KDLAB_X86_KERNELS
+const bool has_bf16 = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16")) &&
+                      !(std::getenv("KDLAB_BF16") && !std::strcmp(std::getenv("KDLAB_BF16"), "0"));
+#else
+const bool has_bf16 = false;
+#endif
+
 }  // namespace
 
 const Kernels& kernels_in_use() { return *current.load(std::memory_order_relaxed); }
@@ -86,6 +94,7 @@ int64_t kdlab_soft_kl_cpu(const kdlab_soft_kl* a) {
     std::vector<double> values(a->reduction == KDLAB_NONE ? 0 : a->rows);
     job.values = a->reduction == KDLAB_NONE ? nullptr : values.data();
 
+    job.rounds_bf16 = has_bf16;
     size_t element = a->dtype == KDLAB_F64 ? 8 : a->dtype == KDLAB_F32 ? 4 : 2;
     size_t grad_bytes = a->grad ? element * a->rows * a->cols : 0;
     job.stream = grad_bytes > (size_t(4) << 20) && (element * a->cols) % 64 == 0 &&

@@ -8,8 +8,10 @@
 
 #if defined(__GNUC__)
 #define KDLAB_OUT_OF_LINE __attribute__((noinline))      // for what is large and called once a row
+#define KDLAB_INLINE __attribute__((always_inline))      // for what an inner loop is made of, where the compiler may think otherwise
 #else
 #define KDLAB_OUT_OF_LINE
+#define KDLAB_INLINE
 #endif
 
 namespace kdlab {
@@ -31,6 +33,7 @@ inline void put(void* p, int dtype, int64_t i, double x) {
 struct Job : kdlab_soft_kl {
     bool kl, ce;            // which terms are needed
     bool stream;            // the gradient outgrows the cache: write it past the cache
+    bool rounds_bf16;       // has the CPU an instruction for that?
     double denominator;     // of the mean, else 1
     double* values;         // [rows]: weighted value of each row, for the reduction; absent without one
 

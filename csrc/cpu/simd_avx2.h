@@ -102,10 +102,10 @@ inline void give_both(void* p, __m128i x, __m128i y, bool past_cache) {
     if (past_cache) _mm256_stream_si256(static_cast<__m256i*>(p), both);
     else _mm256_storeu_si256(static_cast<__m256i*>(p), both);
 }
-inline void give_pair(bf16* p, F32 x, F32 y, bool past_cache) {
+inline void give_pair(bf16* p, F32 x, F32 y, bool past_cache, bool) {
     give_both(p, narrow(x, bf16()), narrow(y, bf16()), past_cache);
 }
-inline void give_pair(f16* p, F32 x, F32 y, bool past_cache) {
+inline void give_pair(f16* p, F32 x, F32 y, bool past_cache, bool) {
     give_both(p, narrow(x, f16()), narrow(y, f16()), past_cache);
 }
 

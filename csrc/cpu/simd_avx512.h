@@ -170,10 +170,13 @@ inline __m512i rounded_to_bf16(F32 v) {                     // in the upper halv
     __m512i u = _mm512_castps_si512(v), up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
     return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
 }
-inline void give_pair(bf16* p, F32 x, F32 y, bool past_cache) {
+inline void give_pair(bf16* p, F32 x, F32 y, bool past_cache, bool rounds_bf16) {
     const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
                                            31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    __m512i both = _mm512_permutex2var_epi16(rounded_to_bf16(x), upper, rounded_to_bf16(y));
+    __m512i both;
+    // By name, because not every CPU of this instruction set has it
+    if (rounds_bf16) asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(y), "v"(x));
+    else both = _mm512_permutex2var_epi16(rounded_to_bf16(x), upper, rounded_to_bf16(y));
     if (past_cache) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
     else _mm512_storeu_si512(p, both);
 }

@@ -82,7 +82,7 @@ inline void load_pair(const E* p, V& x, V& y) {
 }
 
 template <class E, class V>
-inline void give_pair(E* p, V x, V y, bool past_cache) {
+inline void give_pair(E* p, V x, V y, bool past_cache, bool) {
     give<false>(p, 0, x, past_cache);
     give<false>(p + lanes<V>, 0, y, past_cache);
 }
@@ -104,12 +104,13 @@ class WideRows {
     Scratch<V> x;
     double largest;                                         // the value of a mixture
     R margin;                                               // by how much a row may exceed its reference, so that it is
+    int64_t few;                                            // the maximum of so many elements. The wider the margin, the fewer do
     struct Reference { R s, t; } *references;               // of each step along the row
     // Logits are prefetched into the first cache, or the second: faster by a tenth where that holds the scratch as well,
     // but not for short rows, nor for halves of a float.
     const bool second_cache;
     const V low = all<V>(-INFINITY);
-    static constexpr int64_t step = (lanes<V> < 16 ? 8 : 16) * lanes<V>;     // the fewer lanes, the shorter their sums
+    static constexpr int64_t step = (lanes<V> < 16 ? 16 : 32) * lanes<V>, short_sum = (lanes<V> < 16 ? 8 : 16) * lanes<V>;
 
     Row<E> row_at(int64_t r) const {
         Row<E> row = {};
@@ -132,7 +133,7 @@ class WideRows {
 
     void first_references(Row<E>& row) const {
         V s = low, t = low;
-        along_row<V>(cols < step ? cols : step,
+        along_row<V>(cols < few ? cols : few,
             [&](int64_t i) {
                 s = max(hidden(load(row.s + i), row.label - i, low), s);
                 if (kKL) t = max(hidden(load(row.t + i), row.label - i, low), t);
@@ -236,11 +237,11 @@ class WideRows {
         const Temperature<V> T = temperature;
         const Factors<V> f = factors;
         const V none_s = nothing_to(row.from_s), none_t = nothing_to(kMSE ? row.from_s : row.from_t);
-        const bool past_cache = job.stream;
+        const bool past_cache = job.stream, rounds_bf16 = job.rounds_bf16;
         const bool second_cache = this->second_cache;
         const V apart = all<V>(row.apart), inverse_T = all<V>(R(1 / job.T));
         V top_s = z.top_s, top_t = z.top_t, top_w = z.top_w, top_change = z.top_change;
-        auto exponentials = [&](int64_t i, V s, V t, Part<V>& p) {
+        auto exponentials = [&](int64_t i, V s, V t, Part<V>& p) KDLAB_INLINE {
             V a = s - from_s;
             if (!kNear || kCE) top_s = max(s, top_s);
             if (kNear) {
@@ -289,29 +290,33 @@ class WideRows {
             }
         };
         constexpr int64_t L = lanes<V>;
-        Part<V> even = {}, odd = {};                        // two sums of half as many terms round less than one
+        Part<V> sum = {}, rest = {};
         int64_t i = begin;
-        for (; i + 2 * L <= end; i += 2 * L) {
-            if (kGrad) give_pair(grad + i, gradient_at(x, i, f), gradient_at(x, i + L, f), past_cache);
-            V s[2], t[2] = {};
-            load_pair(row_s + i, s[0], s[1]);
-            ask_ahead(row_s + i, second_cache);
-            if (kKL || kMSE) {
-                load_pair(row_t + i, t[0], t[1]);
-                ask_ahead(row_t + i, second_cache);
-            }
-            if (kLabel && static_cast<uint64_t>(row.label - i) < static_cast<uint64_t>(2 * L)) {
-                for (int j = 0; j < 2; ++j) {
-                    s[j] = hidden(s[j], row.label - i - j * L, none_s);
-                    t[j] = hidden(t[j], row.label - i - j * L, none_t);
+        while (i + 2 * L <= end) {
+            Part<V> even = {}, odd = {};                    // sums of few terms round less
+            for (const int64_t stop = end - i < short_sum ? end : i + short_sum; i + 2 * L <= stop; i += 2 * L) {
+                if (kGrad) give_pair(grad + i, gradient_at(x, i, f), gradient_at(x, i + L, f), past_cache, rounds_bf16);
+                V s[2], t[2] = {};
+                load_pair(row_s + i, s[0], s[1]);
+                ask_ahead(row_s + i, second_cache);
+                if (kKL || kMSE) {
+                    load_pair(row_t + i, t[0], t[1]);
+                    ask_ahead(row_t + i, second_cache);
                 }
+                if (kLabel && static_cast<uint64_t>(row.label - i) < static_cast<uint64_t>(2 * L)) {
+                    for (int j = 0; j < 2; ++j) {
+                        s[j] = hidden(s[j], row.label - i - j * L, none_s);
+                        t[j] = hidden(t[j], row.label - i - j * L, none_t);
+                    }
+                }
+                exponentials(i, s[0], t[0], even);
+                exponentials(i + L, s[1], t[1], odd);
             }
-            exponentials(i, s[0], t[0], even);
-            exponentials(i + L, s[1], t[1], odd);
+            sum = sum + (even + odd);
         }
         if (i + L <= end) {
             if (kGrad) give<false>(grad + i, 0, gradient_at(x, i, f), past_cache);
-            exponentials(i, hidden(load(row_s + i), row.label - i, none_s), hidden(load(row_t + i), row.label - i, none_t), even);
+            exponentials(i, hidden(load(row_s + i), row.label - i, none_s), hidden(load(row_t + i), row.label - i, none_t), rest);
             i += L;
         }
         if (i < end) {
@@ -323,13 +328,13 @@ class WideRows {
                 no_s = no_t + apart;
             }
             exponentials(i, hidden(load_part(row_s + i, n, no_s), row.label - i, no_s),
-                         hidden(load_part(row_t + i, n, no_t), row.label - i, no_t), odd);
+                         hidden(load_part(row_t + i, n, no_t), row.label - i, no_t), rest);
         }
         z.top_s = top_s;
         z.top_t = top_t;
         z.top_w = top_w;
         z.top_change = top_change;
-        return even + odd;
+        return sum + rest;
     }
 
     // What adds nothing to the sums: finite where it can be, because 0 * -inf would look like an excluded class.
@@ -656,6 +661,7 @@ public:
         references = reinterpret_cast<Reference*>(m + (sizeof(E) < sizeof(R) ? 5 : 3) * padded);
         largest = is_mixture(kSweep) ? most_apart(job.kind, job.mix) : 0;
         margin = R(std::log(most_e) * (kCE && job.T > 1 ? 1 : job.T));
+        few = margin > R(2.5) ? 64 : 256;
     }
 
     void run(int64_t begin) const {

@@ -33,8 +33,8 @@ void rows(intptr_t student, intptr_t teacher, intptr_t target, intptr_t mask, in
           intptr_t grad, intptr_t kl_rows, intptr_t ce_rows, intptr_t out, int dtype, int loss_dtype, int64_t count,
           int64_t cols, int64_t student_stride, int64_t teacher_stride, std::tuple<double, intptr_t> T, bool t_squared,
           std::tuple<double, intptr_t> kl_weight, std::tuple<double, intptr_t> ce_weight, int reduction,
-          std::tuple<double, intptr_t> normalizer, int64_t ignore_index, int kind, double mix, int device,
-          intptr_t stream, intptr_t workspace) {
+          std::tuple<double, intptr_t> normalizer, int64_t ignore_index, int kind, double mix, double others,
+          int device, intptr_t stream, intptr_t workspace) {
     kdlab_cuda_rows a = {};
     a.rows.student = pointer<const void>(student);
     a.rows.teacher = pointer<const void>(teacher);
@@ -56,6 +56,7 @@ void rows(intptr_t student, intptr_t teacher, intptr_t target, intptr_t mask, in
     a.rows.ignore_index = ignore_index;
     a.rows.kind = kind;
     a.rows.mix = mix;
+    a.rows.others = others;
     a.rows.T = number(T).value;
     a.T = pointer<const double>(number(T).address);
     a.rows.kl_weight = number(kl_weight).value;

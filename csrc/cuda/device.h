@@ -16,6 +16,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "../kdlab.h"
+
 #define KDLAB_BOTH __host__ __device__ __forceinline__
 #define KDLAB_DEVICE __device__ __forceinline__
 #define KDLAB_KERNEL(most_threads) __global__ void __launch_bounds__(most_threads, 1)
@@ -24,7 +26,7 @@
 
 namespace kdlab {
 
-using std::log, std::log1p, std::sqrt;
+using std::exp, std::expm1, std::log, std::log1p, std::sqrt;
 
 // 2^x: relative error at most 2^-22, results below 2^-126 are 0
 KDLAB_BOTH float exp2_of(float x) {
@@ -62,6 +64,16 @@ KDLAB_DEVICE void from_real(float x, float* y) { *y = x; }
 KDLAB_DEVICE void from_real(double x, double* y) { *y = x; }
 KDLAB_DEVICE void from_real(float x, bf16* y) { y->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 KDLAB_DEVICE void from_real(float x, f16* y) { y->bits = __half_as_ushort(__float2half_rn(x)); }
+
+// Numbers of a loss dtype
+KDLAB_DEVICE double at(const void* p, int dtype, int64_t i) {
+    return dtype == KDLAB_F64 ? static_cast<const double*>(p)[i] : static_cast<const float*>(p)[i];
+}
+KDLAB_DEVICE void put(void* p, int dtype, int64_t i, double x) {
+    if (!p) return;
+    if (dtype == KDLAB_F64) static_cast<double*>(p)[i] = x;
+    else static_cast<float*>(p)[i] = float(x);
+}
 
 // 16 bytes of elements, as whole registers: halves of one would take a register each
 template <class E> struct alignas(16) Pack { uint32_t word[4]; };
@@ -102,6 +114,22 @@ KDLAB_DEVICE void assemble(const float (&x)[8], Pack<E>* p) {
     for (int i = 0; i < 4; ++i) p->word[i] = pair_of(E(), x[2 * i], x[2 * i + 1]);
 }
 
+// The largest of a pack; NaN counts as nothing
+KDLAB_DEVICE float top_of(const Pack<float>& p) {
+    return fmaxf(fmaxf(element(p, 0), element(p, 1)), fmaxf(element(p, 2), element(p, 3)));
+}
+KDLAB_DEVICE double top_of(const Pack<double>& p) { return fmax(element(p, 0), element(p, 1)); }
+KDLAB_DEVICE float top_of(const Pack<bf16>& p) {
+    const __nv_bfloat162* x = reinterpret_cast<const __nv_bfloat162*>(p.word);
+    const __nv_bfloat162 top = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
+    return fmaxf(__low2float(top), __high2float(top));
+}
+KDLAB_DEVICE float top_of(const Pack<f16>& p) {
+    const __half2* x = reinterpret_cast<const __half2*>(p.word);
+    const __half2 top = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
+    return fmaxf(__low2float(top), __high2float(top));
+}
+
 // The 16 bytes at an address that is a multiple of 16
 template <class E> KDLAB_DEVICE Pack<E>* pack_at(E* p) { return reinterpret_cast<Pack<E>*>(p); }
 template <class E> KDLAB_DEVICE const Pack<E>* pack_at(const E* p) { return reinterpret_cast<const Pack<E>*>(p); }
@@ -113,6 +141,13 @@ template <class E> KDLAB_DEVICE Pack<E> load_once(const Pack<E>* p) {
 }
 template <class E> KDLAB_DEVICE void store_once(Pack<E>* p, const Pack<E>& x) {
     __stcs(reinterpret_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+}
+
+// Into shared memory, in one piece: the compiler would make four stores of it, each of which hits a bank four times
+template <class E> KDLAB_DEVICE void keep(Pack<E>* p, const Pack<E>& x) {
+    const unsigned place = unsigned(__cvta_generic_to_shared(p));
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(place), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3]) : "memory");
 }
 
 KDLAB_DEVICE unsigned char* shared_memory() {

@@ -17,14 +17,6 @@ constexpr int block_threads = 256, part_elements = 8192, most_parts = 64;
 constexpr int pixel_lanes = 32, channel_groups = block_threads / pixel_lanes;
 constexpr int first_sums = 3;                       // of a part: |s|^2, |t|^2, s t; for the hint, of d^2
 
-KDLAB_DEVICE double at(const void* p, int dtype, int64_t i) {
-    return dtype == KDLAB_F64 ? static_cast<const double*>(p)[i] : static_cast<const float*>(p)[i];
-}
-KDLAB_DEVICE void put(void* p, int dtype, int64_t i, double x) {
-    if (dtype == KDLAB_F64) static_cast<double*>(p)[i] = x;
-    else static_cast<float*>(p)[i] = float(x);
-}
-
 struct FeaturesJob : kdlab_features {
     int64_t student_size, teacher_size;             // elements of a sample
     int parts;                                      // blocks that share a sample

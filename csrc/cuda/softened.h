@@ -1,6 +1,6 @@
 // The equations of the divergences between softened distributions, for one element or a few of one thread: the twin of
 // cpu/softened.h. It compiles for the device and for the host, where tests check it against float64. The loops around
-// it, and the sums over threads, are in rows.cu.
+// it, and the sums over threads, are in rows.h and rows.cu.
 //
 // With a = s - max s, b = t - max t, e_s = exp(a/T), e_t = exp(b/T), Z = sum e: q = e_s / Z_s is the student, p = e_t /
 // Z_t the teacher, v = log(q / p) = (a - b)/T - lambda, lambda = log(Z_s / Z_t), d = q - p. Every divergence is a sum
@@ -29,10 +29,15 @@ template <> struct Real<double> {
     static constexpr int psi_terms = 17;
 };
 
-template <class R> KDLAB_BOTH R larger(R x, R y) { return x > y ? x : y; }              // y where x is NaN
+KDLAB_BOTH float larger(float x, float y) { return fmaxf(x, y); }                       // the other where one is NaN
+KDLAB_BOTH double larger(double x, double y) { return fmax(x, y); }
 template <class R> KDLAB_BOTH R size_of(R x) { return x < 0 ? -x : x; }
 
 // ---- sums over a row, in one sweep ---------------------------------------------------------------------------------
+// The power of 2 that exp((x - top) / T) is; exactly 0 at the top
+template <class R>
+KDLAB_BOTH R power_of(R x, R top, R k) { return (x - top) * k; }
+
 template <class R>
 struct Softening {
     R k, k_rest, inverse_T;             // log2(e) / T = k + k_rest, 1 / T
@@ -46,51 +51,66 @@ struct Softening {
     }
 };
 
-// What one thread has seen of a row: largest logits, and sums relative to them.
+// What one thread has seen of a row: largest logits, and sums relative to these. A class at -inf
+// leaves m and the entropy without a number: see Careful.
 template <class R>
 struct Sums {
     R max_s = Real<R>::lowest, max_t = Real<R>::lowest;
     R zs = 0, zt = 0;
-    R m = 0;                            // sum of e_t (b - a), or of e_s (b - a) for the reverse KL
-    R entropy = 0;                      // sum of e_t b, for the soft cross-entropy
-    R zh = 0;                           // sum of exp(a) over all classes but the label
-    bool excludes = false;              // is a class at -inf where the KL becomes +inf?
+    R m = 0;                            // sum of e_t log2(e_t / e_s), or of e_s log2(e_t / e_s) for the reverse KL
+    R entropy = 0;                      // sum of e_t log2 e_t, for the soft cross-entropy
+    R zh = 0;                           // sum of exp(s) over all classes but the label
 
-    // To new, larger maxima
+    KDLAB_BOTH R teachers_zh() const { return 0; }
+    // To new maxima, none of them smaller
     template <bool kCE>
     KDLAB_BOTH void raise(R new_s, R new_t, const Softening<R>& f) {
-        const R by_s = max_s - new_s, by_t = max_t - new_t;
-        const R fs = exp2_of(by_s * f.k), ft = exp2_of(by_t * f.k), z = f.reverse() ? zs : zt;
+        const R by_s = power_of(max_s, new_s, f.k), by_t = power_of(max_t, new_t, f.k);
+        const R fs = exp2_of(by_s), ft = exp2_of(by_t), z = f.reverse() ? zs : zt;
         m = z > 0 ? (f.reverse() ? fs : ft) * fused(z, by_t - by_s, m) : 0;
         entropy = zt > 0 ? ft * fused(zt, by_t, entropy) : 0;
         zs *= fs;
         zt *= ft;
-        if (kCE) zh *= exp2_of(by_s * R(log2_of_e));
+        if (kCE) zh *= exp2_of(power_of(max_s, new_s, R(log2_of_e)));
         max_s = new_s;
         max_t = new_t;
     }
-
-    // N classes; `label` is the place of the label among them, or none of these places
-    template <bool kCE, int N>
-    KDLAB_BOTH void add(const R (&s)[N], const R (&t)[N], int label, const Softening<R>& f) {
-        R top_s = s[0], top_t = t[0];
-        KDLAB_UNROLL
-        for (int i = 1; i < N; ++i) {
-            top_s = larger(s[i], top_s);
-            top_t = larger(t[i], top_t);
-        }
+    template <bool kCE>
+    KDLAB_BOTH void look(R top_s, R top_t, const Softening<R>& f) {
         if (top_s > max_s || top_t > max_t) raise<kCE>(larger(top_s, max_s), larger(top_t, max_t), f);
+    }
+
+    // N classes below these maxima; `label` is the place of the label among them, or none of these places. kSweep: a
+    // divergence that has these sums.
+    template <int kSweep, bool kCE, int N>
+    KDLAB_BOTH void add(const R (&s)[N], const R (&t)[N], int label, const Softening<R>& f) {
         KDLAB_UNROLL
         for (int i = 0; i < N; ++i) {
-            const R a = s[i] - max_s, b = t[i] - max_t, es = exp2_of(a * f.k), et = exp2_of(b * f.k);
-            const R out = f.reverse() ? t[i] : s[i], in = f.reverse() ? s[i] : t[i], weight = f.reverse() ? es : et;
-            zs += es;
-            zt += et;
-            if (out == -Real<R>::infinity) excludes |= in > -Real<R>::infinity;     // apart from m, which stays finite
-            else if (weight > 0) m = fused(weight, b - a, m);                       // 0 * -inf = 0
-            if (f.kind == KDLAB_SOFT_CROSS_ENTROPY && et > 0) entropy = fused(et, b, entropy);
-            if (kCE && i != label) zh += exp2_of(a * R(log2_of_e));
+            if (kSweep != only_cross_entropy) {
+                const R a = power_of(s[i], max_s, f.k), b = power_of(t[i], max_t, f.k);
+                const R es = exp2_of(a), et = exp2_of(b);
+                zs += es;
+                zt += et;
+                m = fused(kSweep == KDLAB_REVERSE_KL ? es : et, b - a, m);
+                if (kSweep == KDLAB_SOFT_CROSS_ENTROPY) entropy = fused(et, b, entropy);
+            }
+            if (kCE && i != label) zh += exp2_of(power_of(s[i], max_s, R(log2_of_e)));
         }
+    }
+};
+
+// m and the entropy once more, one class at a time: where 0 * -inf = 0
+template <class R>
+struct Careful {
+    R m = 0, entropy = 0;
+    bool excludes = false;              // is a class at -inf where the KL becomes +inf?
+
+    KDLAB_BOTH void add(R s, R t, const Sums<R>& sums, const Softening<R>& f) {
+        const R a = power_of(s, sums.max_s, f.k), b = power_of(t, sums.max_t, f.k), es = exp2_of(a), et = exp2_of(b);
+        const R out = f.reverse() ? t : s, in = f.reverse() ? s : t, weight = f.reverse() ? es : et;
+        if (out == -Real<R>::infinity) excludes |= in > -Real<R>::infinity;     // apart from m, which stays finite
+        else if (weight > 0) m = fused(weight, b - a, m);
+        if (et > 0) entropy = fused(et, b, entropy);
     }
 };
 
@@ -247,8 +267,10 @@ KDLAB_BOTH R slope_of(const Pair<R>& x, R mix) {
         case KDLAB_JSD: return rest * log_over_mix<kClose>(x.p, x.q, x.v, mix);
         case KDLAB_SKEW_KL:                         // with alpha = 1 it is 0, also where p is
             return rest == 0 ? rest * x.d : rest * rest * ratio(x.d, fused(rest, x.d, x.p));
-        case KDLAB_SKEW_REVERSE_KL:                 // log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p
-            return log_over_mix<kClose>(x.p, x.q, x.v, rest) - mix * rest * ratio(x.d, fused(mix, x.d, x.p));
+        case KDLAB_SKEW_REVERSE_KL: {               // log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p
+            if (rest == 0) return rest * x.d;       // there q / m is 1, and both may underflow
+            return log_over_mix<kClose>(x.p, x.q, x.v, rest) - mix * rest * ratio(x.d, fused(mix, x.q, rest * x.p));
+        }
         case KDLAB_TOTAL_VARIATION: return x.d > 0 ? R(0.5) : x.d < 0 ? R(-0.5) : x.d;  // NaN stays
         default: return 0;
     }
@@ -286,8 +308,8 @@ KDLAB_BOTH bool is_close(R kl, R zs, R zt, bool mixed) {
 }
 
 // KL from the sums, forward or reverse; their own values, in double
-KDLAB_BOTH double kl_of(double m, double zs, double zt, double T, bool reverse) {
-    return reverse ? log(zt / zs) - m / zs / T : m / zt / T + log(zs / zt);
+KDLAB_BOTH double kl_of(double m, double zs, double zt, bool reverse) {
+    return reverse ? log(zt / zs) - m / zs * log_of_2 : m / zt * log_of_2 + log(zs / zt);
 }
 
 // Cross-entropy of a label whose own exponential is h and whose logit lies `below` the largest one

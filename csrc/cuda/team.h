@@ -5,7 +5,7 @@
 
 namespace kdlab {
 
-constexpr int warp_lanes = 32, most_warps = 16, most_sums = 8, most_stages = 4;
+constexpr int warp_lanes = 32, most_warps = 16, most_sums = 8, most_stages = 5;
 
 struct Add { template <class X> KDLAB_DEVICE X operator()(X x, X y) const { return x + y; } };
 struct Larger { template <class X> KDLAB_DEVICE X operator()(X x, X y) const { return x > y ? x : y; } };
@@ -33,10 +33,12 @@ public:
         mask = size < warp_lanes ? ((1u << size) - 1) << (lane / size * size) : 0xffffffffu;
     }
 
+    KDLAB_DEVICE bool first() const { return rank == 0 && slice == 0; }
+
     static KDLAB_BOTH constexpr int bytes() { return int(sizeof(double)) * most_stages * (most_warps + 1) * most_sums; }
 
-    // x[i] of all threads, combined; and what a thread wrote before, all threads of its block may read after. Every
-    // call in a kernel has its own stage: so nothing is overwritten that another thread still reads.
+    // x[i] of all threads, combined; and what a thread wrote before, all threads of its block may read after. A call
+    // has another stage than the one before it: so nothing is overwritten that another thread still reads.
     template <int N, class X, class Op>
     KDLAB_DEVICE void combine(X (&x)[N], Op op, int stage) const {
         static_assert(N <= most_sums, "too many at once");

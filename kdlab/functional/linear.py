@@ -460,7 +460,7 @@ def linear_soft_cross_entropy(
                    row_weight=row_weight, reduction=reduction, normalizer=normalizer, chunk=chunk,
                    detach_teacher=detach_teacher, backend=backend)
 
-# %% ../../nbs/api/functional/05_linear.ipynb #049f6ecc
+# %% ../../nbs/api/functional/05_linear.ipynb #7273505d
 _TEMPORARIES = 35 # tensors that plain torch keeps on its way through the careful form, for a block of rows
 
 def estimate_memory(
@@ -474,13 +474,14 @@ def estimate_memory(
 )->dict[str, int]: # bytes beyond the inputs, with the gradients of hidden states and weight
     """Peak bytes of the ways to a distillation loss over a vocabulary, with forward and backward.
 
-    `eager`: log-softmax and KL written in PyTorch. `logits`: `forward_kl` on whole logits; `logits_torch`: without a
-    kernel. `linear`: `linear_forward_kl`; `linear_torch`: without a kernel. `sparse`: `sparse_forward_kl`, for which the
+    `eager`: log-softmax and KL written in PyTorch. `logits`: `forward_kl` on whole logits; `logits_inplace`: with
+    `inplace_grad=True`, where the loss adds nothing to the logits of the two; `logits_torch`: without a kernel. `linear`: `linear_forward_kl`; `linear_torch`: without a kernel. `sparse`: `sparse_forward_kl`, for which the
     teacher's logits were made before. Other divergences take the same, except that eager JSD takes twice as much."""
     logit, step = rows * classes * itemsize, chunk or chunk_rows(rows, classes, itemsize, device)
     head = classes * width * (itemsize if itemsize >= 4 else 4 + itemsize) + rows * width * itemsize # gradients
     wide = 8 if device == "cpu" else max(4, itemsize)
     linear, logits = 2 * step * classes * itemsize + head, max(3 * logit, logit + head)
     blocks = lambda rows: _TEMPORARIES * wide * min(rows * classes, max(_at_once(device), classes))
-    return {"eager": max(7 * logit, logit + head), "logits": logits, "logits_torch": logits + blocks(rows),
-            "linear": linear, "linear_torch": linear + blocks(step), "sparse": max(2 * logit + 16 * rows * k, logit + head)}
+    return {"eager": max(7 * logit, logit + head), "logits": logits, "logits_inplace": max(2 * logit, logit + head),
+            "logits_torch": logits + blocks(rows), "linear": linear, "linear_torch": linear + blocks(step),
+            "sparse": max(2 * logit + 16 * rows * k, logit + head)}

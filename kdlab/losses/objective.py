@@ -260,7 +260,7 @@ def _weight(w)->float:
     if not math.isfinite(value): raise ValueError(f"the weight of a loss must be finite, got {value}")
     return value
 
-# %% ../../nbs/api/losses/01_objective.ipynb #9e0d24bb
+# %% ../../nbs/api/losses/01_objective.ipynb #2f164b5d
 class RowLoss(Loss):
     "A loss on rows of logits: its options, and the question that it puts to `ops`."
     mix = 0. # of a divergence from a mixture: the weight in it
@@ -287,8 +287,10 @@ class RowLoss(Loss):
     def asks(self, target=None)->bool: return True
 
     def forward(self, student, teacher, target=None, *, labels=None, mask=None, row_weight=None, normalizer=None):
-        if labels is mask is row_weight is normalizer is None:
-            loss = _ordinary((1.,), (self,), student, teacher, target)
+        if (labels is mask is row_weight is normalizer is None and self.role == "soft" and self.is_ordinary()
+                and not torch.compiler.is_compiling()): # what `_ordinary` does for several
+            loss = ops.ordinary(student, teacher, target, self.T, self.t_squared, 1., 0., self.ignore_index, self.term,
+                                self.mix, self.others)
             if loss is not None: return loss
         return _answer([(1., self)], student, teacher, target, labels, mask, row_weight, normalizer)
 

@@ -2,6 +2,8 @@
 // instruction sets are ways to lay rows on threads; its second number of threads is another order in which the emulated
 // threads run.
 #include "../../csrc/cuda/rows.cu"
+#include "../../csrc/cuda/decoupled.cu"
+#include "../../csrc/cuda/squares.cu"
 
 namespace {
 

@@ -168,7 +168,7 @@ inline float off_by(float y, float relative) {          // an error of up to `re
 
 namespace kdlab {
 
-using std::log, std::log1p, std::sqrt;
+using std::exp, std::expm1, std::log, std::log1p, std::sqrt;
 
 inline float exp2_of(float x) {
     const float y = std::exp2(x);
@@ -188,6 +188,11 @@ template <class E> auto element(const Pack<E>& p, int i) { return to_real(p.x[i]
 template <class R, int N, class E> void assemble(const R (&x)[N], Pack<E>* p) {
     for (int i = 0; i < N; ++i) from_real(x[i], &p->x[i]);
 }
+template <class E> auto top_of(const Pack<E>& p) {
+    auto top = element(p, 0);
+    for (int i = 1; i < int(16 / sizeof(E)); ++i) top = std::fmax(element(p, i), top);
+    return top;
+}
 inline void check_alignment(const void* p) {
     if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return;
     std::printf("FAILED: 16 bytes at an address that is no multiple of 16\n");
@@ -197,6 +202,7 @@ template <class E> Pack<E>* pack_at(E* p) { return check_alignment(p), reinterpr
 template <class E>
 const Pack<E>* pack_at(const E* p) { return check_alignment(p), reinterpret_cast<const Pack<E>*>(p); }
 template <class E> Pack<E> load_once(const Pack<E>* p) { return *p; }
+template <class E> void keep(Pack<E>* p, const Pack<E>& x) { *p = x; }
 template <class E> void store_once(Pack<E>* p, const Pack<E>& x) { *p = x; }
 
 inline unsigned char* shared_memory() { return emulator::state.self->home->shared.data(); }

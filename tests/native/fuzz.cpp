@@ -182,11 +182,7 @@ void once(Random& r, const char* isa) {
     a.reduction = static_cast<int>(pick(r, 3));
     a.normalizer = chance(r, .3) ? 7 : NAN;
     a.ignore_index = -100;
-#ifdef KDLAB_EMULATE
-    a.kind = static_cast<int>(pick(r, KDLAB_DKD));         // the CUDA kernels do not know it, nor those after it
-#else
     a.kind = static_cast<int>(pick(r, 10));
-#endif
     a.mix = chance(r, .1) ? 0 : chance(r, .1) ? 1 : chance(r, .3) ? .5 : std::uniform_real_distribution<>(0, 1)(r);
     a.others = std::uniform_real_distribution<>(0, 3)(r);
     const bool dkd = a.kind == KDLAB_DKD && a.kl_weight != 0, nkd = a.kind == KDLAB_NKD && a.kl_weight != 0;
