@@ -324,7 +324,7 @@ def layout(
     frame = dict(template=TEMPLATE, height=height, margin=dict(l=68, r=16, t=40, b=60), annotations=notes)
     return frame | parts
 
-# %% ../../nbs/api/figures/00_kit.ipynb #20079097
+# %% ../../nbs/api/figures/00_kit.ipynb #fe0f722c
 _WHOLE = ("paper_bgcolor", "plot_bgcolor", "error_x", "error_y")  # names with an underscore of their own
 _sketch = ContextVar("sketch", default=False)
 
@@ -348,7 +348,7 @@ def plain(
             if part is not None:
                 first, *path = [name] if name in _WHOLE else name.split("_")
                 _join(out, first, functools.reduce(lambda tree, key: {key: tree}, reversed(path), plain(part)))
-        return out
+        return dict(sorted(out.items()))  # the order that plotly has
     if isinstance(value, (list, tuple, range)):
         return [v if type(v) in (float, int, str) else plain(v) for v in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
