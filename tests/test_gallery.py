@@ -70,6 +70,7 @@ def test_a_sketch_is_the_figure_that_plotly_makes(exhibit, view):
     assert isinstance(sketch, dict) and sketch["data"]
     whole = kit.plain(view.draw(**view.state()).to_plotly_json())  # plotly drops and renames, and checks each name
     assert kit.changes(sketch, whole) == ({}, {})
+    assert json.dumps(sketch["layout"].get("shapes")) == json.dumps(whole["layout"].get("shapes")), "in the same order"
 
 
 @by_module

@@ -121,7 +121,7 @@ def temperature_lens(
         lo, hi = grey or (float(np.min(image)), float(np.max(image)))
         traces.append(grey_image(image, lo, hi))
         hidden = dict(showgrid=False, mirror=True, ticks="", showticklabels=False)
-        parts |= dict(xaxis=dict(domain=[0, 0.2], constrain="domain", constraintoward="left", **hidden),
+        parts |= dict(xaxis=dict(domain=[0, 0.18], constrain="domain", constraintoward="left", **hidden),
                       yaxis=dict(autorange="reversed", scaleanchor="x", constrain="domain", constraintoward="top",
                                  **hidden))
         titles["The example" if label is None else f"Labelled {shorten(names[label])}"] = (0, 1.03)

@@ -105,9 +105,7 @@ class BugClinic(_Case):
         deal_seed:int=0,  # another one deals the bugs in another order
         hide=(),  # of "case", "seed", "loss", "gradient", "teacher", "buffers", "guess", "reset", "title"
     ):
-        if not isinstance(deal_seed, (int, np.integer)) or deal_seed < 0:
-            raise ValueError(f"deal_seed must be a whole number of at least 0; got {deal_seed!r}")
-        self.own, self.deal_seed = runs is not None, int(deal_seed)
+        self.own, self.deal_seed = runs is not None, deal_seed
         if not self.own:
             figures.check_absent("runs", names=names, steps=steps)
             runs, steps = np.delete(stored.load()["clinic"], 1, axis=1), stored.CLINIC_STEPS

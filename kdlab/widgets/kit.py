@@ -100,8 +100,8 @@ function lean({ FigureView: view }) {
 }
 """
 
-# %% ../../nbs/api/widgets/00_kit.ipynb #abd62ac4
-_LOADER = _FETCH_JS + _QUIET_JS + _LEAN_JS + """
+# %% ../../nbs/api/widgets/00_kit.ipynb #908fc3e6
+_LOADER = _FETCH_JS + _QUIET_JS + _LEAN_JS + figures.FIT_JS + """
 export default () => {
   let part, shared;
   return {
@@ -118,9 +118,9 @@ export default () => {
       model.on("change:_alt", name);
       const mine = (shared.drawn = []), done = part.render({ model, el });
       shared.drawn = null;
-      const fit = new ResizeObserver(() => { if (el.isConnected && el.clientWidth) el._responsiveChartHandler?.(); });
-      fit.observe(el);
-      return () => { fit.disconnect(); mine.forEach((off) => off()); done?.(); };
+      let fit;  // once the element has its place
+      requestAnimationFrame(() => { fit = kdFit(el, () => el._responsiveChartHandler?.()); });
+      return () => { fit?.disconnect(); mine.forEach((off) => off()); done?.(); };
     },
   };
 };

@@ -190,6 +190,27 @@ def test_plots_follow_the_width_of_the_page(book):
     book.page.wait_for_function(f"was => ({width})().every((w, i) => w === was[i])", arg=wide)
 
 
+def test_a_narrow_page_shows_the_whole_plot(book):
+    narrow = "w => document.querySelectorAll('.kd-widget').forEach(e => { e.style.width = w })"
+    sizes = """() => [...document.querySelectorAll('.kd-widget')].map(e => [e.getBoundingClientRect().right,
+        e.querySelector('.main-svg').getBoundingClientRect().right, e.querySelector('.main-svg').clientWidth,
+        Math.max(...[...e.querySelectorAll('.kd-control, button')].map(c => c.getBoundingClientRect().right))])"""
+    book.page.evaluate(narrow, "480px")
+    book.page.wait_for_function("() => [...document.querySelectorAll('.js-plotly-plot')].every(e => e.style.transform === 'scale(0.6)')")
+    for theme in ("Dark", "Light"):
+        book.theme(f"JupyterLab {theme}")
+        for name, i in (("lens", 0), ("gap", 1)): book.shot(f"{name}_narrow_{theme.lower()}", f".kd-widget >> nth={i}")
+    for edge, plot, width, controls in book.page.evaluate(sizes): assert width == 800 and plot <= edge + 1 and controls <= edge
+    book.page.locator(".kd-reset").nth(1).click()
+    settled(book, 1)
+    book.page.locator(".js-plotly-plot").nth(1).locator(".bars .point path").nth(1).click(force=True)  # the pointer follows
+    book.page.wait_for_function("() => document.querySelectorAll('.kd-text')[1].textContent.includes('of class 1')")
+    book.page.locator(".kd-reset").nth(1).click()
+    book.page.evaluate(narrow, "")
+    book.page.wait_for_function("() => [...document.querySelectorAll('.js-plotly-plot')].every(e => !e.style.transform)")
+    settled(book, 1)
+
+
 def test_nothing_went_wrong_on_the_way(book):
     book.assert_clean()
 
@@ -212,4 +233,9 @@ def test_the_exported_page_works_alone(book, browser, tmp_path):
     page.keyboard.press("Space")
     assert page.evaluate("document.getElementById('kd-plot').layout.yaxis2.type") == "log"
     page.screenshot(path=SHOTS / "export_dark.png")
+    page.set_viewport_size(dict(width=480, height=800))
+    page.wait_for_function("() => document.getElementById('kd-plot').style.transform.startsWith('scale')")
+    page.wait_for_function("() => document.querySelector('#kd-plot .main-svg').clientWidth === 800")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 480
+    page.screenshot(path=SHOTS / "export_narrow.png")
     assert record.console == [] and record.failed == [] and record.outside == []
