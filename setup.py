@@ -95,7 +95,7 @@ def extensions():
     if choice == "0":
         return {}
     try:
-        from pybind11.setup_helpers import Pybind11Extension, build_ext
+        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
     except ImportError:
         if choice == "1":
             raise SystemExit("KDLAB_EXT=1 needs pybind11: pip install pybind11")
@@ -111,6 +111,7 @@ def extensions():
                 return super().build_extension(ext)
             build_cuda(ext.sources, Path(self.build_temp) / "cuda", self.get_ext_fullpath(ext.name))
 
+    ParallelCompile("MAX_JOBS").install()
     msvc = sys.platform == "win32"
     openmp = [] if sys.platform == "darwin" else ["/openmp"] if msvc else ["-fopenmp"]
     ext = Pybind11Extension(
