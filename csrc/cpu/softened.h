@@ -158,7 +158,7 @@ inline V add_mixed(V a, V b, V es, V et, const Mixture<V>& k, const Temperature<
 // ---- the rest of the family, careful form --------------------------------------------------------------------------
 // With p the teacher's probability, q the student's, v = log(q / p), d = q - p. Each keeps its digits where q is close
 // to p, whatever lies between; a class that one side excludes has p or q = 0, and one that both exclude counts nothing.
-template <class V> struct Pair { V p, q, v, d, e, e_back; };     // e = q/p - 1 and e_back = p/q - 1
+template <class V> struct Pair { V p, q, v, d, ratio, back, e, e_back; };     // ratio = q/p = 1 + e, back = p/q = 1 + e_back
 
 constexpr int only_cross_entropy = -1;                           // in the place of a divergence
 constexpr bool is_mixture(int kind) {
@@ -167,13 +167,20 @@ constexpr bool is_mixture(int kind) {
 
 template <int kKind, class V>
 inline Pair<V> compare(V p, V q, V v) {
-    const V most = all<V>(Real<V>(1e30)), back = all<V>(-1) * v;
-    Pair<V> x = {p, q, v, q - p, V{}, V{}};
+    const V most = all<V>(Real<V>(1e30)), one = all<V>(1), back = -v;
+    Pair<V> x = {p, q, v, q - p, V{}, V{}, V{}, V{}};
+    const auto near = abs(v) < series_range<V>;
     const V e = v + psi(v);
-    x.d = abs(v) < series_range<V> ? p * e : x.d;
-    if (kKind == KDLAB_JSD || kKind == KDLAB_SKEW_KL) x.e = abs(v) < series_range<V> ? e : min((q - p) / p, most);
-    if (kKind == KDLAB_JSD || kKind == KDLAB_SKEW_REVERSE_KL)
-        x.e_back = abs(v) < series_range<V> ? back + psi(back) : min((p - q) / q, most);
+    x.d = near ? p * e : x.d;
+    if (kKind == KDLAB_JSD || kKind == KDLAB_SKEW_KL) {
+        x.ratio = near ? one + e : min(q / p, most);
+        x.e = near ? e : x.ratio - one;
+    }
+    if (kKind == KDLAB_JSD || kKind == KDLAB_SKEW_REVERSE_KL) {
+        const V e_back = back + psi(back);
+        x.back = near ? one + e_back : min(p / q, most);
+        x.e_back = near ? e_back : x.back - one;
+    }
     return x;
 }
 
@@ -202,19 +209,20 @@ inline Share<V> share_of(const Pair<V>& x, const Mix<V>& mixture) {
         return {abs(x.d) * half, x.d > zero ? zero : x.d < zero ? -one : x.d - half};       // NaN stays
     } else if constexpr (kKind == KDLAB_JSD) {
         V to_p = rest * x.e, to_q = mix * x.e_back;
-        Logs<V> p = logs_of(to_p), q = logs_of(to_q);
+        Logs<V> p = logs_of(to_p, fma(rest, x.ratio, mix)), q = logs_of(to_q, fma(mix, x.back, rest));
         V value = fma(mix, share_to_mix(x.p, to_p, p, rest * x.d), rest * share_to_mix(x.q, to_q, q, -mix * x.d));
         return {value, -rest * q.log1p};
     } else if constexpr (kKind == KDLAB_SKEW_KL) {
-        V to_p = rest * x.e, m = fma(rest, x.d, x.p);
-        Logs<V> p = logs_of(to_p);
+        V to_p = rest * x.e, m = fma(mix, x.p, rest * x.q);
+        Logs<V> p = logs_of(to_p, fma(rest, x.ratio, mix));
         return {share_to_mix(x.p, to_p, p, rest * x.d), m > zero ? rest * rest * x.d / m : x.d * zero};          // NaN stays
     } else {
         static_assert(kKind == KDLAB_SKEW_REVERSE_KL, "no other divergence has shares");
-        V to_q = rest * x.e_back, m = fma(mix, x.d, x.p);
-        Logs<V> q = logs_of(to_q);
-        V pull = m > zero ? mix * rest * x.d / m : x.d * zero;
-        return {share_to_mix(x.q, to_q, q, -rest * x.d), -q.log1p - pull};
+        // The slope is -log(m / q) - mix rest d / m, of which mix near 1 leaves next to nothing: so without what cancels.
+        V to_q = rest * x.e_back, m = fma(mix, x.q, rest * x.p);
+        Logs<V> q = logs_of(to_q, fma(rest, x.back, mix));
+        V of_p = m > zero ? rest * x.p / m : x.d * zero, pull = m > zero ? mix * rest * x.d / m : x.d * zero;
+        return {share_to_mix(x.q, to_q, q, -rest * x.d), abs(to_q) < Real<V>(0.5) ? q.rest - to_q * of_p : -q.log1p - pull};
     }
 }
 

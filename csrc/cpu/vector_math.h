@@ -118,13 +118,14 @@ inline V log1p_of(V x) {
 }
 
 // log(1 + x) and x - log(1 + x), each with its digits also where x is small; for x > -1 and below 1e35. NaN gives NaN.
+// `above` is 1 + x, with more digits than that has where x is near -1, if the caller knows them.
 template <class V> struct Logs { V log1p, rest; };
 
 template <class V>
-inline Logs<V> logs_of(V x) {
+inline Logs<V> logs_of(V x, V above) {
     typedef typename Scalar<V>::Int Int;
     constexpr int n = Scalar<V>::log_terms;
-    const V y = max(x + Real<V>(1), V{});                       // a lane that is not wanted may hold less: no overflow
+    const V y = max(above, V{});                                // a lane that is not wanted may hold less: no overflow
     const Int i = same_bits<Int>(y), e = (i - Scalar<V>::sqrt_half) >> Scalar<V>::mantissa;
     const V m = same_bits<V>(i - (e << Scalar<V>::mantissa));   // y = m 2^e with sqrt(1/2) <= m < sqrt(2)
     const V whole = to_float(e), none = V{}, z = whole == none ? x : m - Real<V>(1);
@@ -135,5 +136,7 @@ inline Logs<V> logs_of(V x) {
     const V log1p = fma(whole, all<V>(Real<V>(0.693147180559945309417)), s * (p + Real<V>(2))) + (x - x);
     return {log1p, whole == none ? s * (z - p) : x - log1p};
 }
+template <class V>
+inline Logs<V> logs_of(V x) { return logs_of(x, x + Real<V>(1)); }
 
 }  // namespace KDLAB_ISA

@@ -279,8 +279,7 @@ void once(Random& r, const char* isa) {
         size += slack;
         if (a.reduction == KDLAB_NONE && !same(out.get(i), w * v, slack)) fail(a, isa, "row", i, 0, out.get(i), w * v);
         double g = (scaled ? grad_in.get(a.reduction == KDLAB_NONE ? i : 0) : 1) * (count ? w : 0) / denominator;
-        const bool skew = kind == KDLAB_SKEW_KL || kind == KDLAB_SKEW_REVERSE_KL;     // slopes of up to 1 / alpha, which cancel
-        const double steep = kind == KDLAB_FORWARD_KL || kind == KDLAB_SOFT_CROSS_ENTROPY ? 1 : dkd ? parts : nkd ? parts * std::fmax(1, a.T) : mse ? steepest : 1 + far + (skew ? 0.05 / std::fmax(a.mix, 1e-3) : 0);
+        const double steep = kind == KDLAB_FORWARD_KL || kind == KDLAB_SOFT_CROSS_ENTROPY ? 1 : dkd ? parts : nkd ? parts * std::fmax(1, a.T) : mse ? steepest : 1 + far;
         const double limit = std::fabs(g) * (a.kl_weight * a.kl_factor / a.T * steep + a.ce_weight);
         const double unsure = std::fabs(g) * a.kl_weight * a.kl_factor / a.T * 2 * k.unsure;
         for (int64_t j = 0; j < a.cols; ++j) {
