@@ -206,6 +206,19 @@ def test_accurate_where_the_student_has_nearly_converged(device, name, options, 
     assert (got_grad.double() - want_grad).abs().max() < 2e-6 * want_grad.abs().max()
 
 
+@pytest.mark.parametrize("name", ["jsd", "skew_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("mix", [1e-3, .01, .95, .999])
+def test_mixtures_that_are_nearly_one_of_their_sides(device, name, mix):
+    for scale, apart in (1., 1.), (3., 3.), (1., 1e-2): # ordinary rows, wide ones, and a student that has nearly converged
+        t = logits(6, 100, seed=5, scale=scale)
+        s = (t if apart < 1 else 0) + logits(6, 100, seed=6, scale=apart)
+        options = {"beta" if name == "jsd" else "alpha": mix}
+        want, want_grad = oracle(name, options, s, t, 2.)
+        got, got_grad = run(device, name, options, s, t, T=2., reduction="none")
+        assert ((got.double() - want).abs() / want).max() < 2e-6
+        assert ((got_grad.double() - want_grad).abs() / want_grad.abs().amax(-1, keepdim=True)).max() < 3e-6
+
+
 @pytest.mark.parametrize("name, options", [LOSSES[i] for i in (0, 1, 2, 10, 12, 14)],
                          ids=["forward_kl", "reverse_kl", "jsd", "dkd", "nkd", "logit_mse"])
 @pytest.mark.parametrize("C, dtype", [(0, 0), (1, 0), (2, 0), (7, 0), (10, 2), (252, 2), (507, 0), (1271, 1),

@@ -73,7 +73,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
                 row.lambda = R(lambda);
             }
             each_other([&](int, R, R s, R t, bool) {
-                sum_kl += value_of<KDLAB_FORWARD_KL, true>(compare<true>(s, t, row), R(0));
+                sum_kl += value_of<KDLAB_FORWARD_KL, true>(compare<true>(s, t, row), row.mix);
             });
             kl[0] = sum_kl;
             team.combine(kl, Add(), 3);
@@ -110,17 +110,9 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
             });
         } else if constexpr (sizeof(R) == 4) {
             const R fs = factor * (beta - pull) * row.ps, ft = factor * beta * row.pt;
-            part.each(team, [&](int i, auto w) {
-                constexpr int N = decltype(w)::width;
-                R s[N], t[N];
-                part.template read<kHeld>(i, s, t);
-                KDLAB_UNROLL
-                for (int j = 0; j < N; ++j) {
-                    const R es = exp2_of(power_of(s[j], row.max_s, row.k));
-                    const R et = exp2_of(power_of(t[j], row.max_t, row.k));
-                    s[j] = with_label(fused(es, fs, -(et * ft)), s[j], part.begin + i + j == hard.label);
-                }
-                part.write(i, s);
+            part.template rewrite<kHeld>(team, [&](R s, R t, int i) {
+                const R es = exp2_of(power_of(s, row.max_s, row.k)), et = exp2_of(power_of(t, row.max_t, row.k));
+                return with_label(fused(es, fs, -(et * ft)), s, part.begin + i == hard.label);
             });
         }
         team.leave();

@@ -59,28 +59,14 @@ struct Finish {
     // The gradient of the forward KL as it stands
     KDLAB_DEVICE void plain_gradient() const {
         const R fs = factor * row.ps, ft = factor * row.pt;
-        part.each(team, [&](int i, auto w) {
-            constexpr int N = decltype(w)::width;
-            R s[N], t[N];
-            part.template read<kHeld>(i, s, t);
-            KDLAB_UNROLL
-            for (int j = 0; j < N; ++j) {
-                const R es = exp2_of(power_of(s[j], row.max_s, row.k)), et = exp2_of(power_of(t[j], row.max_t, row.k));
-                s[j] = with_label(fused(es, fs, -(et * ft)), s[j], part.begin + i + j);
-            }
-            part.write(i, s);
+        part.template rewrite<kHeld>(team, [&](R s, R t, int i) {
+            const R es = exp2_of(power_of(s, row.max_s, row.k)), et = exp2_of(power_of(t, row.max_t, row.k));
+            return with_label(fused(es, fs, -(et * ft)), s, part.begin + i);
         });
     }
 
     KDLAB_DEVICE void cross_entropy_gradient() const {
-        part.each(team, [&](int i, auto w) {
-            constexpr int N = decltype(w)::width;
-            R s[N], t[N];
-            part.template read<kHeld>(i, s, t);
-            KDLAB_UNROLL
-            for (int j = 0; j < N; ++j) s[j] = with_label(0, s[j], part.begin + i + j);
-            part.write(i, s);
-        });
+        part.template rewrite<kHeld>(team, [&](R s, R, int i) { return with_label(0, s, part.begin + i); });
     }
 
     // This thread's share of the value, of the sum of the weighted slopes, and of the sum of all q
@@ -176,7 +162,7 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) softened_rows(cons
         const double zs = sums.zs > 0 ? sums.zs : nan, zt = sums.zt > 0 ? sums.zt : nan;    // no class at all: NaN
         const bool spoilt = !(zs > 0 && zt > 0), excluded = f.unbounded() && sums.excludes;
         const bool no_way_out = spoilt || (excluded && f.reverse());    // +inf, and no step leads away
-        Row<R, exact<E>> row(own.max_s, own.max_t, R(zs), R(zt), f, R(job.mix));
+        Row<R, exact<E>> row(own.max_s, own.max_t, R(zs), R(zt), f, job.mix);
 
         // What multiplies the gradient
         const double g = value.grad_scale(denominator);

@@ -183,6 +183,19 @@ struct Slice {
         widen((kHeld ? held_t : t) + i, b);
     }
 
+    // The gradient of each element is what body(s, t, i) gives, from several loads at once; without a gradient it is only called.
+    template <bool kHeld, class Body>
+    KDLAB_DEVICE void rewrite(const Team& team, Body body) const {
+        each(team, [&](int i, auto w) {
+            constexpr int N = decltype(w)::width;
+            R a[N], b[N];
+            read<kHeld>(i, a, b);
+            KDLAB_UNROLL
+            for (int j = 0; j < N; ++j) a[j] = body(a[j], b[j], i + j);
+            if (grad) write(i, a);
+        });
+    }
+
     // One of the row's logits, wherever it lies; NaN if it is none of the classes
     static KDLAB_DEVICE R logit(const void* matrix, int64_t stride, int64_t r, int i) {
         return i < 0 ? Real<R>::nan : R(to_real(static_cast<const E*>(matrix)[r * stride + i]));

@@ -163,6 +163,12 @@ KDLAB_BOTH R u_minus_log1p(R u) {
     return r * (u - 2 * log_series(r * r));
 }
 
+template <class R>
+struct Mix {                            // beta or alpha, and 1 - that with digits of its own
+    R mix, rest;
+    KDLAB_BOTH explicit Mix(double x) : mix(R(x)), rest(R(1 - x)) {}
+};
+
 // Numbers of a row, the same in all its threads. kExact: exponentials keep the digits that rounding takes from their
 // argument. Where one class has nearly all the mass, the gradient is as large as the others' probabilities, and they
 // must be as good as it. (Inputs of 16 bits do without; and so does double precision, whose rounding nobody sees.)
@@ -172,9 +178,9 @@ struct Row {
     R ps, pt;                           // 1 / Z_s, 1 / Z_t
     R lambda;
     R c, c_error;                       // max s - max t, and its rounding error
-    R mix;                              // beta or alpha
+    Mix<R> mix;
 
-    KDLAB_BOTH Row(R maximum_s, R maximum_t, R zs, R zt, const Softening<R>& f, R mixture)
+    KDLAB_BOTH Row(R maximum_s, R maximum_t, R zs, R zt, const Softening<R>& f, double mixture)
         : k(f.k), k_rest(f.k_rest), inverse_T(f.inverse_T), max_s(maximum_s), max_t(maximum_t), ps(1 / zs), pt(1 / zt),
           mix(mixture) {
         const Difference<R> maxima(max_s, max_t);
@@ -224,33 +230,53 @@ KDLAB_BOTH Pair<R> compare(R s, R t, const Row<R, kExact>& row) {
     return x;
 }
 
-// A class's share of KL(p || a p + (1-a) q); the shares differ from p log(p / m) by (1-a) d, which sums to nothing.
+// m / p - 1 for m = a p + (1-a) q, which is small where 1 - a or q / p - 1 is. v = log(q / p).
 template <bool kClose, class R>
-KDLAB_BOTH R share_to_mix(R p, R q, R v, R d, R a) {
-    const R rest = 1 - a;
-    if (kClose && size_of(v) < series_range<R>()) return p * u_minus_log1p(rest * (v + psi(v)));
+KDLAB_BOTH R beyond(R p, R q, R v, R rest) {
+    return rest * (kClose && size_of(v) < series_range<R>() ? v + psi(v) : ratio(q, p) - 1);
+}
+// Do values and slopes need more digits than the logarithm of m / p has?
+template <bool kClose, class R>
+KDLAB_BOTH bool is_fine(R rest, R x) { return (kClose || rest < R(0.4)) && size_of(x) < R(0.5); }
+
+// A class's share of KL(p || m), m = a p + (1-a) q; the shares differ from p log(p / m) by (1-a) d, which sums to nothing.
+template <bool kClose, class R>
+KDLAB_BOTH R share_to_mix(R p, R q, R v, R d, R a, R rest) {
+    const R x = beyond<kClose>(p, q, v, rest);
+    if (is_fine<kClose>(rest, x)) return p * u_minus_log1p(x);
     return fused(rest, d, p > 0 ? p * log(ratio(p, fused(a, p, rest * q))) : 0);
 }
 
-// log(q / m) with m = a p + (1-a) q, for q > 0
+// log(p / m), for p > 0
 template <bool kClose, class R>
-KDLAB_BOTH R log_over_mix(R p, R q, R v, R a) {
-    if (kClose && size_of(v) < series_range<R>()) return -small_log1p(a * (psi(-v) - v));  // m / q = 1 + a (e^-v - 1)
-    return log(ratio(q, fused(a, p, (1 - a) * q)));
+KDLAB_BOTH R log_over_mix(R p, R q, R v, R a, R rest) {
+    const R x = beyond<kClose>(p, q, v, rest);
+    if (is_fine<kClose>(rest, x)) return -small_log1p(x);
+    return log(ratio(p, fused(a, p, rest * q)));
+}
+
+// The slope of the skew reverse KL, log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p: without what cancels where
+// alpha is near 1
+template <bool kClose, class R>
+KDLAB_BOTH R slope_to_mix(const Pair<R>& x, R a, R rest) {
+    const R m = fused(a, x.q, rest * x.p), more = beyond<kClose>(x.q, x.p, -x.v, rest);
+    if (is_fine<kClose>(rest, more)) return u_minus_log1p(more) - more * ratio(rest * x.p, m);
+    return log(ratio(x.q, m)) - a * rest * ratio(x.d, m);
 }
 
 // A class's share of the divergence
 template <int kKind, bool kClose, class R>
-KDLAB_BOTH R value_of(const Pair<R>& x, R mix) {
+KDLAB_BOTH R value_of(const Pair<R>& x, const Mix<R>& both) {
+    const R mix = both.mix, rest = both.rest;
     switch (kKind) {
         case KDLAB_REVERSE_KL:                                          // q psi(-v)
             if (kClose && size_of(x.v) < series_range<R>()) return x.q * psi(-x.v);
             return (x.q > 0 ? x.q * x.v : 0) - x.d;
         case KDLAB_JSD:
-            return fused(mix, share_to_mix<kClose>(x.p, x.q, x.v, x.d, mix),
-                         (1 - mix) * share_to_mix<kClose>(x.q, x.p, -x.v, -x.d, 1 - mix));
-        case KDLAB_SKEW_KL: return share_to_mix<kClose>(x.p, x.q, x.v, x.d, mix);
-        case KDLAB_SKEW_REVERSE_KL: return share_to_mix<kClose>(x.q, x.p, -x.v, -x.d, mix);
+            return fused(mix, share_to_mix<kClose>(x.p, x.q, x.v, x.d, mix, rest),
+                         rest * share_to_mix<kClose>(x.q, x.p, -x.v, -x.d, rest, mix));
+        case KDLAB_SKEW_KL: return share_to_mix<kClose>(x.p, x.q, x.v, x.d, mix, rest);
+        case KDLAB_SKEW_REVERSE_KL: return share_to_mix<kClose>(x.q, x.p, -x.v, -x.d, mix, rest);
         case KDLAB_TOTAL_VARIATION: return size_of(x.d) / 2;
         default:                                                        // forward KL: p psi(v)
             if (kClose && size_of(x.v) < series_range<R>()) return x.p * psi(x.v);
@@ -260,38 +286,36 @@ KDLAB_BOTH R value_of(const Pair<R>& x, R mix) {
 
 // psi = d value / d q, up to what is the same for every class; finite where q > 0
 template <int kKind, bool kClose, class R>
-KDLAB_BOTH R slope_of(const Pair<R>& x, R mix) {
-    const R rest = 1 - mix;
+KDLAB_BOTH R slope_of(const Pair<R>& x, const Mix<R>& both) {
+    const R mix = both.mix, rest = both.rest;
     switch (kKind) {
         case KDLAB_REVERSE_KL: return x.v;                              // log(q / p)
-        case KDLAB_JSD: return rest * log_over_mix<kClose>(x.p, x.q, x.v, mix);
+        case KDLAB_JSD: return rest * log_over_mix<kClose>(x.q, x.p, -x.v, rest, mix);
         case KDLAB_SKEW_KL:                         // with alpha = 1 it is 0, also where p is
-            return rest == 0 ? rest * x.d : rest * rest * ratio(x.d, fused(rest, x.d, x.p));
-        case KDLAB_SKEW_REVERSE_KL: {               // log(q / m) - alpha (q - m) / m with m = alpha q + (1-alpha) p
-            if (rest == 0) return rest * x.d;       // there q / m is 1, and both may underflow
-            return log_over_mix<kClose>(x.p, x.q, x.v, rest) - mix * rest * ratio(x.d, fused(mix, x.q, rest * x.p));
-        }
+            return rest == 0 ? rest * x.d : rest * rest * ratio(x.d, fused(mix, x.p, rest * x.q));
+        case KDLAB_SKEW_REVERSE_KL:                 // with alpha = 1 q / m is 1, and both may underflow
+            return rest == 0 ? rest * x.d : slope_to_mix<kClose>(x, mix, rest);
         case KDLAB_TOTAL_VARIATION: return x.d > 0 ? R(0.5) : x.d < 0 ? R(-0.5) : x.d;  // NaN stays
         default: return 0;
     }
 }
 
-// Value and slope at once, where they have a logarithm in common: log(p / m) and log(q / m) as they stand
+// Value and slope at once, where they have a logarithm in common: log(p / m) and log(q / m) as they stand, if that is fine enough
 template <class R> struct Share { R value, slope; };
 
 template <int kKind, class R>
-KDLAB_BOTH Share<R> plain_share_of(const Pair<R>& x, R mix) {
-    const R rest = 1 - mix;
-    if (kKind == KDLAB_JSD) {
+KDLAB_BOTH Share<R> plain_share_of(const Pair<R>& x, const Mix<R>& both) {
+    const R mix = both.mix, rest = both.rest;
+    if (kKind == KDLAB_JSD && mix > R(0.25) && rest > R(0.25)) {
         const R m = fused(mix, x.p, rest * x.q), q_over = log(ratio(x.q, m)), p_over = log(ratio(x.p, m));
         const R of_p = x.p > 0 ? mix * x.p * p_over : 0, of_q = x.q > 0 ? rest * x.q * q_over : 0;
         return {of_p + of_q, rest * q_over};
     }
-    if (kKind == KDLAB_SKEW_REVERSE_KL && rest != 0) {
+    if (kKind == KDLAB_SKEW_REVERSE_KL && rest > R(0.4)) {
         const R m = fused(mix, x.q, rest * x.p), over = log(ratio(x.q, m)), of_q = x.q > 0 ? x.q * over : 0;
         return {fused(-rest, x.d, of_q), over - mix * rest * ratio(x.d, m)};
     }
-    return {value_of<kKind, false>(x, mix), slope_of<kKind, false>(x, mix)};
+    return {value_of<kKind, false>(x, both), slope_of<kKind, false>(x, both)};
 }
 
 // q psi, where a class that the student excludes has none. Exact, and summed in double: where one class has most of the
@@ -307,7 +331,7 @@ struct Slope {                          // the sum of the weighted slopes, as hi
 
 // The gradient of the row's value times T
 template <int kKind, bool kClose, class R>
-KDLAB_BOTH R gradient_of(const Pair<R>& x, const Slope<R>& slope, R mix) {
+KDLAB_BOTH R gradient_of(const Pair<R>& x, const Slope<R>& slope, const Mix<R>& mix) {
     if (kKind == KDLAB_FORWARD_KL) return x.d;
     return x.q == 0 ? 0 : x.q * ((slope_of<kKind, kClose>(x, mix) - slope.high) - slope.low);
 }

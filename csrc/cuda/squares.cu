@@ -55,20 +55,12 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) squared_rows(const
         // Value and gradient
         const R factor = R(2 * g * get(job.kl_number) * value.kl_factor());
         R square = 0;
-        auto one = [&](R s, R t, int i) {
+        part.template rewrite<kHeld>(team, [&](R s, R t, int i) {
             const Excluded by = excluded(s, t);
             const R y = by == Excluded::by_both ? 0 : shifted(s, t, mean);
             square = fused(y, y, square);
             const R slope = factor * (by == Excluded::by_none ? y - pull : y);
             return kCE ? slope + hard.gradient(s, own.max_s, part.begin + i == hard.label) : slope;
-        };
-        part.each(team, [&](int i, auto w) {
-            constexpr int N = decltype(w)::width;
-            R s[N], t[N];
-            part.template read<kHeld>(i, s, t);
-            KDLAB_UNROLL
-            for (int j = 0; j < N; ++j) s[j] = one(s[j], t[j], i + j);
-            if (part.grad) part.write(i, s);
         });
         double total[1] = {square};
         team.combine(total, Add(), 2);
