@@ -13,6 +13,7 @@ import kdlab as kd
 from kdlab import feature_ops, ops
 from kdlab import feature_reference as reference
 from kdlab.functional import attention_transfer, channel_kl, cosine, hint
+from kdlab.reference import stable_forward_kl
 
 BACKENDS = ["torch"] + (["cpp"] if ops._C is not None else [])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -40,6 +41,7 @@ def definition_hint(s, t): return reference.hint(s.flatten(1), t.flatten(1))
 def definition_direction(s, t): return reference.hint(s.flatten(1), t.flatten(1), normalize=True)
 def direction(*args, **options): return hint(*args, normalize=True, **options)
 def definition_channel_kl(s, t): return 16 * reference.channel_kl(s.flatten(2), t.flatten(2), 4.0).mean(1)
+def stable_channel_kl(s, t): return 16 * stable_forward_kl(s.flatten(2), t.flatten(2), 4.0).mean(1)
 def sample_channel_kl(s, t, reduction="mean", **options):
     value = channel_kl(s, t, reduction=reduction, **options)
     return value.mean(1) if reduction == "none" else value / (s.shape[1] if reduction == "sum" else 1)
@@ -161,7 +163,7 @@ def test_accurate_where_the_student_has_nearly_converged(backend, gap, case):
     shape = shape if len(shape) == 2 else (5, 3, 8, 8)
     t = features(*shape, seed=2)
     s = t + gap * features(*shape, seed=1)
-    stable = {"cosine": reference.stable_cosine}.get(case, definition)
+    stable = {"cosine": reference.stable_cosine, "channel_kl": stable_channel_kl}.get(case, definition)
     rows, grad = value_and_grad(lambda x: stable(x, t.double()), s.double())
     got, got_grad = value_and_grad(lambda x: f(x, t, reduction="none", backend=backend), s)
     tolerance = 1e-6 if case != "attention" else 1e-7 / gap # two maps cannot be subtracted before they are made
