@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN    ?= runs/first
 WORKERS ?= 2
 
@@ -47,15 +48,16 @@ gpu: $(VENV)/.built  ## on a machine with a GPU: test, sanitize and time the CUD
 clean:           ## remove the environment, builds and runs
 	rm -rf $(VENV) build dist *.egg-info runs gallery .browser kdlab/_C*.so
 
-# torch first: everything else must take the version that is there.
 $(VENV)/.deps: constraints.txt settings.ini
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "kdlab needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11
+	$(PIP) setuptools wheel pybind11
 	@touch $@
 
+# The extension needs no torch, so it is built while everything else is fetched; torch first, whose version the others must take.
 $(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python setup.py -q build_ext --inplace & building=$$!; \
+	  $(PIP) torch==2.13.0 && KDLAB_EXT=0 $(PIP) --no-build-isolation -e '.[dev]'; installed=$$?; \
+	  wait $$building && exit $$installed
 	@touch $@

@@ -124,8 +124,8 @@ class _Coin(NamedTuple):
     slips: tuple[Tensor, Tensor] # what rounding of the sums may do to it, and to the slope
 
 def _part(weight:float|Tensor, x:Tensor)->Tensor:
-    "A weighted part of a loss; 0 for the weight 0, also where it is infinite."
-    return weight * x if isinstance(weight, Tensor) or weight else torch.zeros_like(x)
+    "A weighted part of a loss; 0 for the weight 0, also where it is infinite. NaN stays."
+    return weight * x if isinstance(weight, Tensor) or weight else x.where(x.isnan(), 0)
 
 def _slip(total:Tensor, C:int, dtype:torch.dtype)->Tensor:
     "The error of log(total), for a sum of `C` exponentials of which the largest is 1 (in float64 anything)."

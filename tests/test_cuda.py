@@ -219,6 +219,18 @@ def test_mixtures_that_are_nearly_one_of_their_sides(device, name, mix):
         assert ((got_grad.double() - want_grad).abs() / want_grad.abs().amax(-1, keepdim=True)).max() < 3e-6
 
 
+@pytest.mark.parametrize("C", [7, 1271])
+@pytest.mark.parametrize("alpha, beta", [(0., 1.), (1., 0.), (0., 0.)])
+def test_a_part_of_weight_0_is_not_there_where_it_is_infinite(device, C, alpha, beta):
+    s, t = pair(4, C)
+    y = labels_of(s)
+    s[0, y[0]], s[1, (y[1] + 1) % C], s[2, y[2]], s[3, (y[3] + 1) % C] = -INF, -INF, NAN, NAN
+    options = {"alpha": alpha, "beta": beta}
+    got, _ = run(device, "dkd", options, s, t, T=2., reduction="none")
+    torch.testing.assert_close(got.double(), oracle("dkd", options, s, t, 2.)[0], rtol=1e-6, atol=0, equal_nan=True)
+    assert got.isfinite().tolist() == [beta >= alpha, alpha >= beta, False, False]
+
+
 @pytest.mark.parametrize("name, options", [LOSSES[i] for i in (0, 1, 2, 10, 12, 14)],
                          ids=["forward_kl", "reverse_kl", "jsd", "dkd", "nkd", "logit_mse"])
 @pytest.mark.parametrize("C, dtype", [(0, 0), (1, 0), (2, 0), (7, 0), (10, 2), (252, 2), (507, 0), (1271, 1),

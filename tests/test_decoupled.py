@@ -81,6 +81,18 @@ def test_a_part_of_weight_0_is_not_there():
     assert [x.isinf().tolist()[:3] for x in dkd_parts(s, t, Y)] == [[False, True, False], [True, False, False]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("C", [7, 40, 300])
+def test_a_part_of_weight_0_is_not_there_where_it_is_infinite(backend, C):
+    s, t = (x.float() for x in pair(C=C))
+    s[0, Y[0]] = s[1, (Y[1] + 1) % 7] = -INF # the label, then another class
+    s[2, 0], t[3, Y[3]] = math.nan, math.nan
+    got = {w: f.dkd(s, t, Y, T=2.0, alpha=w[0], beta=w[1], reduction="none", backend=backend) for w in ((0., 1.), (1., 0.), (0., 0.))}
+    assert got[0., 1.][0].isfinite() and got[0., 1.][1] == INF
+    assert got[1., 0.][0] == INF and got[1., 0.][1].isfinite()
+    assert got[0., 0.][:2].eq(0).all() and all(x[2:4].isnan().all() and x[4:].isfinite().all() for x in got.values())
+
+
 def test_the_second_part_does_not_see_the_label():
     s, t = pair()
     bold = s.scatter_add(-1, Y[:, None], torch.full((6, 1), 5.0, dtype=s.dtype))

@@ -222,7 +222,10 @@ class NarrowRows {
             V gradient = y == all<V>(R(c)) ? pull : fma(-pull, q, beta * d);
             store(es + c * L, none_s > zero ? nothing : gradient);
         }
-        return none_s > zero ? nothing : fma(alpha, tckd.value, beta * nckd) + spoil;
+        V value = fma(tckd.slope, zero, spoil);             // a part of weight 0 is not there, even where it is infinite
+        if (job.others != 0) value = fma(beta, nckd, value);
+        if (kNKD || job.mix != 0) value = fma(alpha, tckd.value, value);
+        return none_s > zero ? nothing : value;
     }
 
     // The teacher's probability of the label, at T = 1

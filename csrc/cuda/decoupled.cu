@@ -93,7 +93,8 @@ KDLAB_KERNEL((sizeof(E) == 8 ? block_threads : most_threads)) decoupled_rows(con
         const double alpha = kNKD ? 1 : job.mix;
         if (first) {
             const double others = spoilt ? nan : sums.excludes ? infinity : kl[0];
-            value.end(alpha * coin.value + alpha * coin.slope * 0 + job.others * others);
+            const double of_label = alpha == 0 ? 0 : alpha * coin.value;                // a part of weight 0 is not there
+            value.end(of_label + coin.slope * 0 + (job.others == 0 ? (spoilt ? nan : 0) : job.others * others));
         }
         if (!part.grad) return team.leave();
 

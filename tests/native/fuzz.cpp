@@ -96,7 +96,7 @@ SoftResult decoupled(const std::vector<double>& s, const std::vector<double>& t,
     if (l_t > -INFINITY) tckd += p == 0 ? 0 : p * (softplus(-l_s) - softplus(-l_t));
     tckd += std::exp(-softplus(l_t)) * (softplus(l_s) - softplus(l_t));
     if (l_s == -INFINITY && l_t > -INFINITY) tckd = INFINITY;                         // where p underflows too
-    r.value = alpha * tckd + beta * nckd.value + slope * 0;
+    r.value = (alpha == 0 ? 0 : alpha * tckd) + (beta == 0 ? 0 : beta * nckd.value) + slope * 0;   // a part of weight 0 is not there
     std::vector<double> lq = log_softmax(s_others, T);
     for (size_t i = 0; i < s_others.size(); ++i)
         r.grad[i + (static_cast<int64_t>(i) >= y)] = beta * nckd.grad[i] - alpha * slope * std::exp(lq[i]) / T;
