@@ -8,11 +8,13 @@ import pytest
 import kdlab as kd
 from kdlab.figures import kit as figures
 from kdlab.figures.temperature import temperature_lens
+from kdlab.widgets.challenge import closeness
 from kdlab.widgets.gallery import EXHIBITS
 from kdlab.widgets.kit import KDWidget
 
 N, OPTIONS = 12, ("hide", "T", "epochs", "options", "budget", "deal_seed", "state")
 UNREAD = {("live", "teacher"), ("live", "train"), ("live", "valid")}  # kd.distill reads them, when Start is pressed
+NAN, INF = float("nan"), float("inf")
 BAD = {
     "five dimensions": np.zeros((2, 3, 4, 5, 6)), "no dimension": 7.5, "words": [["a"] * 10] * N, "an object": object(),
     "nothing": [], "uneven rows": [[1, 2], [3]],
@@ -133,12 +135,14 @@ RISING = {  # argument: a view of it, an example that is shown, what lies outsid
     "widths": (lambda v: kd.CapacityGap(RUNS[:, :, [0, 1, 0], 0], RUNS[:, 0, 0, 0], v), [2, 4], [0, 4], [-3, 4]),
     "sizes": (lambda v: kd.TransferSet(RUNS, v, ["a", "b"]), [10, 20], [0, 20], [-1, 4]),
     "steps": (lambda v: kd.PlaceboTeacher({"mine": RUNS[..., 0]}, v, ["a", "b"]), [0, 20], [-1, 4], [-5, -4]),
+    "steps of the clinic": (lambda v: kd.BugClinic(np.ones((1, 2, 2, 5)), steps=v), [0, 20], [-1, 4], [-5, -4]),
 }
 
 
 @pytest.mark.parametrize("name", RISING)
 def test_numbers_along_an_axis_rise_and_make_sense(name):
     view, good, *outside = RISING[name]
+    name = name.split()[0]
     for value in (good, tuple(good), np.array(good)): assert view(value).panel.error == ""
     for value in (*outside, good[::-1], [1, 1], [np.nan, 1], [1, np.inf], ["a", "b"], "ab", [], [None, 1], [False, True]):
         said = tells(view(value), rf"^{name} must be one number or more .*in rising order, such as \[", r"; got \[")
@@ -148,11 +152,19 @@ def test_numbers_along_an_axis_rise_and_make_sense(name):
 
 
 @pytest.mark.parametrize("view, name, bad, good", [
-    (kd.BugClinic, "deal_seed", (-1, 1.5, "x", None), (0, np.int64(3))),
-    (kd.CompareKernels, "budget", (-1, np.nan, np.inf, "x", None), (0, 0.3))])
+    (kd.BugClinic, "deal_seed", (-1, 1.5, "x", None, True, NAN, [], 2**32), (0, np.int64(3))),
+    (kd.CompareKernels, "budget", (-1, np.nan, np.inf, "x", None, True, [], 10**6), (0, 0.3))])
 def test_a_number_that_makes_no_sense_is_told(view, name, bad, good):
     for value in good: assert view(**{name: value}).panel.error == ""
     for value in bad: tells(view(**{name: value}), f"^{name} must be a .*number .*; got")
+
+
+def test_names_are_told_by_their_argument_and_anything_else_is_read_as_text():
+    clinic = np.ones((1, 2, 2, 5))
+    tells(kd.BugClinic(clinic, names=["a"]), "^names must hold 2 names, .*; got 1")
+    tells(kd.BugClinic(clinic, names=5), "^names must be a list; got int")
+    for view in (kd.TransferSet(RUNS, [1, 2], [None, []]), kd.PlaceboTeacher({"mine": RUNS[..., 0]}, [1, 2], [None, []])):
+        assert view.panel.error == "" and "None" in view.panel.text
 
 
 def test_two_teachers_are_enough_for_a_capacity_gap():
@@ -210,3 +222,122 @@ def test_show_tells_what_does_not_fit_and_raises_what_it_cannot_read():
     tells(kd.show((np.zeros((3, 4)), np.zeros((2, 4))), labels=[0, 1, 2]), "must have one shape")
     with pytest.raises(ValueError, match="a pair is .student, teacher., got 3"): kd.show((1, 2, 3))
     with pytest.raises(ValueError, match="NaN"): temperature_lens([np.nan, 1.0])
+
+
+WRONG = {  # of each kind of state: what is allowed, what is not
+    "Float": ("a finite number", ("x", None, NAN, INF, -INF, np.inf, True, [], {}, np.ones(3), 10**400, object())),
+    "Int": ("a whole number", ("x", None, NAN, INF, 0.5, np.float32(0.5), True, [], {}, np.ones(3))),
+    "Bool": ("True or False", ("x", None, NAN, 2, -1, 0.5, [], {})),
+    "Unicode": ("text", (None, NAN, 5, True, [], {}, ["x"])),
+    "List": ("a list of whole numbers", ("x", None, NAN, 5, {}, ["x"], [0.5], [None], np.array([0.5]))),
+}
+every = pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda x: x.module)
+
+
+@every
+def test_a_state_of_the_wrong_kind_raises_and_changes_nothing(exhibit):
+    view = exhibit.kind(**good(exhibit))
+    start, text = view.state(), view.panel.text
+    for name, trait in view.traits(kd=True).items():
+        wanted, values = WRONG[type(trait).__name__]
+        for value in values:
+            for change in (lambda: setattr(view, name, value), lambda: view.assign(**{name: value})):
+                with pytest.raises(ValueError, match=rf"^{name} must be {wanted}; got ") as told: change()
+                assert len(str(told.value)) < 120
+    assert view.state() == start and view.panel.text == text and view.panel.error == ""
+
+
+@every
+def test_a_state_beyond_its_control_is_told(exhibit):
+    view = exhibit.kind(**good(exhibit))
+    for c in view.panel.controls:
+        start = view.state().get(c["name"], 0.0)
+        if isinstance(start, float | bool): continue  # or a button
+        for value in ("nothing",) if isinstance(start, str) else (min(c["values"]) - 1, max(c["values"]) + 1, 10**30):
+            setattr(view, c["name"], value)
+            assert re.search(rf"^{c['name']} must (lie in -?\d+\.\.\d+|be one of )", view.panel.error), (c["name"], value)
+            assert repr(value) in view.panel.error
+            view.reset()
+            assert view.panel.error == ""
+
+
+@pytest.mark.parametrize("view, name, values", [
+    (kd.DKDSplit, "T", (0, -1)), (kd.DKDSplit, "alpha", (-1,)), (kd.DKDSplit, "beta", (-1,)), (kd.DKDSplit, "confidence", (-1, 1)),
+    (kd.Distillery, "noise", (-0.1, 1e6)), (kd.Precision, "distance", (0, -1)), (kd.Precision, "T", (0, -1)),
+    (kd.AlphaT, "alpha", (-0.1, 1.1)), (kd.AlphaT, "T", (0, -1)), (kd.TSquaredBalance, "T", (0, -1)), (kd.DarkKnowledge, "T", (0, -1)),
+    (kd.Simplex, "teacher_first", (-1, 0, 1)), (kd.Simplex, "student_split", (0, 1, 2)), (kd.Reliability, "T", (0, -1)),
+    (kd.CoveringOrSeeking, "separation", (-1, 99)), (kd.CoveringOrSeeking, "weight", (0, 1)), (kd.BugClinic, "wrong", (-1,)),
+    (kd.BugClinic, "won", ([], [-1], [-2] * 8, [11] * 8))])
+def test_a_number_out_of_its_range_is_told(view, name, values):
+    view = view()
+    for value in values:
+        setattr(view, name, value)
+        assert view.panel.error.startswith(f"{name} must "), (value, view.panel.error)
+        assert str(value) in view.panel.error
+        view.reset()
+        assert view.panel.error == ""
+
+
+def test_arguments_of_the_wrong_kind_raise_when_a_view_is_made():
+    logits = np.zeros((3, 4))
+    for value in ("x", None, NAN, INF, [], {}):
+        with pytest.raises(ValueError, match="^T must be a finite number; got "): kd.TemperatureLens(logits, T=value)
+        with pytest.raises(ValueError, match="^distance must be a finite number; got "): kd.Precision(distance=value)
+    with pytest.raises(ValueError, match="^dtype must be text; got 16"): kd.Precision(dtype=16)
+    with pytest.raises(ValueError, match="^example must be a whole number; got 'x'"): kd.TemperatureLens.from_state(dict(example="x"), logits)
+    with pytest.raises(ValueError, match="^state must be a dict, .*; got str"): kd.TemperatureLens.from_state("T", logits)
+    for value in (None, 5, NAN):
+        with pytest.raises(ValueError, match="^hide must be a list; got "): kd.TemperatureLens(logits, hide=value)
+    for value in (["slider"], "slider", [["T"]], [None], {"a": 1}):
+        with pytest.raises(ValueError, match="^hide may hold .*'example'.*, got "): kd.TemperatureLens(logits, hide=value)
+
+
+def test_numbers_of_numpy_and_a_lone_name_are_taken():
+    lens = kd.TemperatureLens(np.zeros((3, 4)), T=np.float32(2), hide="example")
+    lens.example, lens.log_axis = np.int64(2), np.True_
+    assert lens.state() == dict(T=2.0, example=2, log_axis=True) and type(lens.example) is int and lens.panel.error == ""
+    assert lens.hidden == ["example"] and [c["name"] for c in lens.panel.controls] == ["T", "log_axis"]
+    gap = kd.TeacherStudentGap(np.eye(4), np.eye(4), [0, 1, 2, 3])
+    gap.picked = np.array([1, 2])
+    gap.assign(picked=np.array([1, 2]))
+    assert gap.picked == [1, 2] and gap.panel.error == ""
+    gap.picked = [1, 4]
+    assert gap.panel.error == "picked must hold rows in 0..3; got [1, 4]"
+
+
+@pytest.mark.parametrize("epochs", ["x", None, NAN, INF, -1, 0, 1.5, True, [], {}])
+def test_epochs_of_a_live_run(epochs):
+    net = type("Net", (), dict(state_dict=lambda self: {}))()
+    assert kd.LiveRun(net, None, [], epochs=3).panel.text == "3 epochs to go."
+    tells(kd.LiveRun(net, None, [], epochs=epochs), rf"^epochs must be a whole number of at least 1, .*; got {re.escape(repr(epochs))}")
+
+
+SCORES = {"alone": [1.0, 2.0], "taught": [2.0, 3.5]}
+
+
+@pytest.mark.parametrize("name, values", [
+    ("scores", ("x", None, 5, [], {}, {1: [1.0]}, {"a": []}, {"a": "x"}, {"a": [1, NAN]}, {"a": [[1]]}, {"a": ["x"]}, {"a": [1], "b": [1, 2]})),
+    ("differences", ("x", 5, [], {"nobody": 1}, {"taught": "x"}, {"taught": 1.5})), ("guess", ("x", 5, [], {"alone": "x"}, {"alone": INF}, {"alone": [1]}, {"nobody": 1})),
+    ("base", (None, 5, [], {})), ("unit", (None, 5, [])), ("title", (None, 5, []))])
+def test_a_comparison_of_what_cannot_be_compared_says_so(name, values):
+    for value in values:
+        view = kd.Comparison(**dict(scores=SCORES) | {name: value})
+        assert re.search(rf"^{name}(\[.+\])? (must|names)", view.panel.error), (value, view.panel.error)
+
+
+def test_a_challenge_and_a_link_say_what_they_need():
+    lens, half = kd.TemperatureLens(np.zeros((3, 4))), lambda **state: 0.5
+    for wrong, what in (({"view": 5}, "a view must be a widget"), ({"question": 5}, "question must be text; got int"),
+                        ({"goal": "x"}, "goal must be a function of the state"), ({"answer": None}, "answer must be text")):
+        with pytest.raises(ValueError, match=what): kd.Challenge(**dict(view=lens, question="q", goal=half) | wrong)
+    for value in (None, "x", NAN, [], np.ones(2)):
+        with pytest.raises(ValueError, match="goal must return a number between 0 and 1"): kd.Challenge(lens, "q", lambda **state: value)
+    assert [kd.Challenge(lens, "q", lambda **state: v).score for v in (True, np.True_, np.float32(0.5), -INF, INF)] == [1, 1, 0.5, 0, 1]
+    with pytest.raises(ValueError, match=r"^name must be text; got list"): kd.link(lens, lens, name=["T"])
+    with pytest.raises(ValueError, match="two views or more"): kd.link(lens, name="T")
+    with pytest.raises(ValueError, match="must be a widget of kdlab"): kd.link(lens, 5, name="T")
+    for name in ("goal", "width", "tolerance"):
+        for value in ("x", None, NAN, INF, []):
+            with pytest.raises(ValueError, match=f"{name} must be a finite number; got"): closeness(**dict(value=1, goal=1, width=1) | {name: value})
+    with pytest.raises(ValueError, match="value must be a .*number"): closeness("x", 1, 1)
+    assert closeness(NAN, 1, 1) == closeness(INF, 1, 1) == 0 and closeness(1, 1, 1) == 1

@@ -390,7 +390,7 @@ def test_cover_of_ordered_classes():
 
 def test_cover_tells_what_is_wrong(cover):
     cover.weight = 1.0
-    assert "weight between 0 and 1" in cover.panel.error
+    assert cover.panel.error == "weight must lie between 0 and 1, got 1.0"
     cover.reset()
     cover.start = 99
     assert cover.panel.error == "start must lie in 0..7, got 99"

@@ -27,6 +27,8 @@ def board_numbers(
     "Weighted terms `hard` and `soft`, what they push, shares of the soft one in percent, `cosine` of the pushes."
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0..1, got {alpha}")
+    if not T > 0:
+        raise ValueError(f"T must be > 0, got {T}")
     teacher, student = (np.asarray(z, dtype=np.float64) for z in (teacher, student))
     if not (np.isfinite(teacher).all() and np.isfinite(student).all()):
         raise ValueError("the logits of this example hold NaN or infinity. Give finite numbers, or choose another "

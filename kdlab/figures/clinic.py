@@ -59,8 +59,8 @@ def deal(
     seed:int=0,  # another one is another order
 ) -> np.ndarray:  # (n,)
     "Which bug each case has."
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"deal_seed must be a whole number of at least 0; got {seed!r}")
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"deal_seed must be a whole number from 0 to 2**32 - 1; got {seed!r}")
     return np.random.RandomState(seed).permutation(n)
 
 # %% ../../nbs/api/figures/21_clinic.ipynb #98f10207

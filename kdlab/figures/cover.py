@@ -21,8 +21,10 @@ def two_peaks(
     weight:float=0.6,  # mass of the left one, in (0, 1)
 ) -> np.ndarray:  # (201,)
     "Logarithm of the teacher's probabilities on `GRID`."
-    if not 0 <= separation <= 12 or not 0 < weight < 1:
-        raise ValueError(f"separation must lie in 0..12 and weight between 0 and 1, got {separation} and {weight}")
+    if not 0 <= separation <= 12:
+        raise ValueError(f"separation must lie in 0..12, got {separation}")
+    if not 0 < weight < 1:
+        raise ValueError(f"weight must lie between 0 and 1, got {weight}")
     left, right = (GRID + separation / 2) ** 2 / 2, (GRID - separation / 2) ** 2 / 2
     return log_softmax(np.logaddexp(np.log(weight) - left, np.log(1 - weight) - right))
 

@@ -46,6 +46,8 @@ def make_points(
     "Points (n, 2) and their classes (n,), equally many of each class."
     if name not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}; got {name!r}")
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise must lie in 0..1, got {noise}")
     y = np.arange(n) % (3 if name == "three spirals" else 2)
     return _curve(name, y, rng.uniform(size=n)) + noise * rng.standard_normal((n, 2)), y
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import plotly.graph_objects as go
 
-from .kit import INK, compose, layout, series
+from .kit import INK, check_text, compose, layout, series, to_numpy
 
 # %% ../../nbs/api/figures/03_experiments.ipynb #219af336
 class Difference(Protocol):
@@ -23,6 +23,22 @@ class Difference(Protocol):
     verdict: str
 
 
+def _by_arm(given, name):
+    "What is given by arm, without what is None."
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(arm, str) for arm in given):
+        raise ValueError(f"{name} must be a dict by arm, such as {{'student alone': ...}}; got {given!r:.60}")
+    return {arm: value for arm, value in given.items() if value is not None}
+
+
+def _numbers_of(points, name):
+    a = to_numpy(points)
+    if a.dtype.kind not in "fiu" or not np.isfinite(a).all():
+        raise ValueError(f"{name} must hold finite numbers, one for each seed; got {points!r:.60}")
+    return a.astype(np.float64)
+
+# %% ../../nbs/api/figures/03_experiments.ipynb #5b1abfee
 def check_scores(
     scores:Mapping[str, Sequence[float]],  # arm: one score for each seed
     differences:Mapping[str, Difference],  # arm: what it has over `base`
@@ -30,12 +46,18 @@ def check_scores(
     guess:Mapping[str, float],  # arm: the mean that the reader expects
 ) -> dict[str, np.ndarray]:
     "The scores as arrays, or a `ValueError` that says what does not fit."
-    table = {name: np.asarray(points, dtype=np.float64) for name, points in scores.items()}
+    table = {name: _numbers_of(points, f"scores[{name!r}]") for name, points in _by_arm(scores, "scores").items()}
     shapes = {name: points.shape for name, points in table.items()}
     if len(set(shapes.values())) != 1 or any(len(s) != 1 or s[0] < 1 for s in shapes.values()):
         raise ValueError(f"scores must hold as many seeds, at least one, for every arm; got {shapes}")
+    for arm, mean in guess.items():
+        if _numbers_of(mean, f"guess[{arm!r}]").ndim:
+            raise ValueError(f"guess[{arm!r}] must be a number; got {mean!r:.60}")
+    if missing := [arm for arm, d in differences.items() if not all(hasattr(d, part) for part in Difference.__annotations__)]:
+        raise ValueError(f"differences[{missing[0]!r}] must be what kdlab.experiments.paired returns; "
+                         f"got {type(differences[missing[0]]).__name__}")
     known = ", ".join(table)
-    for what, names in (("base", [base]), ("differences", differences), ("guess", guess)):
+    for what, names in (("base", [check_text(base, "base")]), ("differences", differences), ("guess", guess)):
         unknown = [name for name in names if name not in table]
         if unknown and (what != "base" or differences):
             raise ValueError(f"{what} names {unknown[0]!r}, which is no arm of scores: {known}")
@@ -102,11 +124,11 @@ def arms_figure(
     unit:str="test accuracy in %",  # what the scores are
 ) -> go.Figure:
     "Left: each seed of each arm, and the mean. Right: paired differences to `base` with 95% intervals."
-    differences, guess = differences or {}, {k: v for k, v in (guess or {}).items() if v is not None}
+    differences, guess = _by_arm(differences, "differences"), _by_arm(guess, "guess")
     table = check_scores(scores, differences, base, guess)
     rows = dict(range=[len(table) - 0.4, -0.6], tickvals=list(range(len(table))), ticktext=list(table), showgrid=False)
     seen = np.concatenate([*table.values(), list(guess.values())])
-    parts = dict(yaxis=rows, xaxis=dict(domain=[0, 0.5 if differences else 1], range=_reach(seen, 4), title_text=unit))
+    parts = dict(yaxis=rows, xaxis=dict(domain=[0, 0.5 if differences else 1], range=_reach(seen, 4), title_text=check_text(unit, "unit")))
     traces, titles = _points(table, guess), {"Every seed, and the mean": (0, 1.01)}
     if differences:
         reach = _reach([0.0, *(end for d in differences.values() for end in (d.low, d.high))], 6)
@@ -126,7 +148,7 @@ def arms_sentence(
     unit:str="test accuracy in %",
 ) -> str:
     "What the figure shows: mean and standard deviation of each arm, and the verdicts."
-    differences, guess = differences or {}, {k: v for k, v in (guess or {}).items() if v is not None}
+    differences, guess = _by_arm(differences, "differences"), _by_arm(guess, "guess")
     table = check_scores(scores, differences, base, guess)
     spread = lambda points: f" (sd {points.std(ddof=1):.1f})" if len(points) > 1 else ""
     means = ", ".join(f"{name} {points.mean():.1f}{spread(points)}" for name, points in table.items())

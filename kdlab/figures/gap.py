@@ -58,6 +58,8 @@ def chosen(
     if not -1 <= klass < numbers["classes"]:
         raise ValueError(f"klass must lie in 0..{numbers['classes'] - 1}, or be -1 for all; got {klass}")
     keep = np.ones(len(numbers["y"]), dtype=bool)
+    if len(picked) and not 0 <= min(picked) <= max(picked) < len(keep):
+        raise ValueError(f"picked must hold rows in 0..{len(keep) - 1}; got {list(picked)}")
     if which == "disagree":
         keep = numbers["teacher"]["prediction"] != numbers["student"]["prediction"]
     elif which != "all":

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['INK', 'GRID', 'PALETTE', 'HATCH', 'TEMPLATE', 'THEME_CSS', 'CONTROL_CSS', 'FIT_JS', 'CONTROL_JS', 'NO_PICTURE',
            'PAGE_CSS', 'to_numpy', 'check_logits', 'check_labels', 'check_images', 'check_list', 'check_rising',
-           'check_names', 'check_ids', 'check_index', 'check_runs', 'check_pair', 'check_scores', 'check_absent',
-           'check_both', 'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'blues', 'series',
-           'layout', 'plain', 'sketching', 'remembered', 'compose', 'axis_id', 'are_long', 'shorten', 'class_axis',
-           'top_classes', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice', 'toggle',
-           'button', 'page', 'write_text', 'write_page', 'snippet']
+           'check_names', 'check_text', 'check_ids', 'check_index', 'check_runs', 'check_pair', 'check_scores',
+           'check_absent', 'check_both', 'softmax', 'log_softmax', 'entropy', 'ranking', 'top_mass', 'fade', 'blues',
+           'series', 'layout', 'plain', 'sketching', 'remembered', 'compose', 'axis_id', 'are_long', 'shorten',
+           'class_axis', 'top_classes', 'grey_image', 'flat', 'changes', 'interval', 'seed_band', 'slider', 'choice',
+           'toggle', 'button', 'page', 'write_text', 'write_page', 'snippet']
 
 # %% ../../nbs/api/figures/00_kit.ipynb #410ac056
 import functools
@@ -117,16 +117,27 @@ def check_rising(
                          f"such as {example}; got {out}")
     return out
 
-
+# %% ../../nbs/api/figures/00_kit.ipynb #840788ad
 def check_names(
     class_names,  # C names, or None for 0, 1, 2, ...
     c:int,  # number of classes
+    name:str="class_names",  # how the caller calls them
 ) -> list[str]:
     "Class names as a list of C strings."
-    names = [str(k) for k in check_list(range(c) if class_names is None else class_names, "class_names")]
+    names = [str(k) for k in check_list(range(c) if class_names is None else class_names, name)]
     if len(names) != c:
-        raise ValueError(f"class_names must hold {c} names, one per class; got {len(names)}")
+        raise ValueError(f"{name} must hold {c} names, one per {'class' if name == 'class_names' else 'row'}; got {len(names)}")
     return names
+
+
+def check_text(
+    value,
+    name:str,  # how the caller calls it
+) -> str:
+    "`value` if it is text."
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text; got {type(value).__name__}")
+    return value
 
 # %% ../../nbs/api/figures/00_kit.ipynb #b8fc5f08
 def check_ids(

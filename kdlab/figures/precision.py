@@ -88,6 +88,8 @@ def logits_at(
     rows:int=4,  # rows a seed
 ) -> tuple[np.ndarray, np.ndarray]:  # student, teacher: (seeds, rows, classes)
     "Rows of logits of a teacher and of a student close to it; the same noise at every distance."
+    if not distance > 0:
+        raise ValueError(f"distance must be > 0, got {distance}")
     rng = np.random.default_rng(0)
     teacher = 2 * rng.standard_normal((seeds, rows, classes))
     student = teacher + distance * rng.standard_normal(teacher.shape)

@@ -32,6 +32,8 @@ def split_numbers(
     confidence:float=0.0,  # what the teacher gives to the target after the softmax, in (0, 1); its own if 0
 ) -> dict:
     "`kd`, its parts `target` and `others` before weighting, the `rest` 1 - p_t, and the probabilities behind them."
+    if not T > 0:
+        raise ValueError(f"T must be > 0, got {T}")
     teacher, student = (np.asarray(z, dtype=np.float64) / T for z in (teacher, student))
     if not (np.isfinite(teacher).all() and np.isfinite(student).all()):
         raise ValueError("the logits of this example hold NaN or infinity. Give finite numbers, or choose another "
@@ -55,6 +57,9 @@ def shares(
     beta:float=8.0,  # weight of the second part in DKD
 ) -> dict:
     "Both parts, as they are weighted in KD and in DKD, and how much of the loss the second one is, in percent."
+    for name, weight in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= weight < np.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
     out = {}
     for name, weights in (("KD", (1.0, now["rest"])), ("DKD", (alpha, beta))):
         first, second = weights[0] * now["target"], weights[1] * now["others"]

@@ -8,9 +8,12 @@ __all__ = ['closeness', 'Challenge', 'link']
 # %% ../../nbs/api/widgets/04_challenge.ipynb #78d112fe
 import os
 from collections.abc import Callable
+from math import inf, isfinite, isnan
+from numbers import Real
 
 import anywidget
 import ipywidgets
+import numpy as np
 from traitlets import Bool, Float, Int, Unicode
 
 from ..figures import kit as figures
@@ -23,10 +26,13 @@ def closeness(
     width:float,  # a distance this large scores 0
     tolerance:float=0.0,  # a distance this small scores 1
 ) -> float:
-    "A score between 0 and 1 for goals that are numbers."
+    "A score between 0 and 1 for goals that are numbers; a value that is NaN is far away."
+    for name, number in dict(value=value, goal=goal, width=width, tolerance=tolerance).items():
+        if not isinstance(number, Real) or name != "value" and not isfinite(number):
+            raise ValueError(f"{name} must be a finite number; got {number!r}")
     if not width > tolerance >= 0:
         raise ValueError(f"width must be larger than tolerance, and tolerance not negative; got {width} and {tolerance}")
-    apart = max(0.0, abs(value - goal) - tolerance)
+    apart = inf if isnan(value) else max(0.0, abs(value - goal) - tolerance)
     return 1.0 if apart < 1e-9 * width else max(0.0, 1 - apart / (width - tolerance))
 
 # %% ../../nbs/api/widgets/04_challenge.ipynb #40beb38b
@@ -59,6 +65,11 @@ class _Goal(anywidget.AnyWidget):
     text = Unicode().tag(sync=True)
 
 # %% ../../nbs/api/widgets/04_challenge.ipynb #c34b44c5
+def _check_view(view):
+    if not isinstance(view, KDWidget):
+        raise ValueError(f"a view must be a widget of kdlab, such as kd.TemperatureLens(logits); got {type(view).__name__}")
+
+
 class Challenge(ipywidgets.VBox):
     "A view with a goal above it. `score` (0 to 1), `reached` and `moves` follow the controls; reached stays reached."
     score, reached, moves = Float(0.0), Bool(False), Int(0)
@@ -70,8 +81,11 @@ class Challenge(ipywidgets.VBox):
         goal:Callable[..., float],  # goal(**state) -> a score between 0 and 1, or a bool
         answer:str="",  # what the learner has seen once it is reached
     ):
-        self.view, self.goal, self.answer = view, goal, answer
-        self.panel = _Goal(question=question)
+        _check_view(view)
+        if not callable(goal):
+            raise ValueError(f"goal must be a function of the state, such as lambda T, **_: T > 4; got {type(goal).__name__}")
+        self.view, self.goal, self.answer = view, goal, figures.check_text(answer, "answer")
+        self.panel = _Goal(question=figures.check_text(question, "question"))
         super().__init__([self.panel, view])
         self.add_class("kd-widget")
         self._judge()
@@ -87,7 +101,10 @@ class Challenge(ipywidgets.VBox):
 
     def _judge(self):
         "Score the present state."
-        self.score = min(1.0, max(0.0, float(self.goal(**self.view.state()))))
+        score = self.goal(**self.view.state())
+        if not isinstance(score, Real | np.bool_) or isnan(score):
+            raise ValueError(f"goal must return a number between 0 and 1, or True or False; got {score!r}")
+        self.score = min(1.0, max(0.0, float(score)))
         self.reached = self.reached or self.score == 1
         self.panel.score = 1.0 if self.reached else self.score
         moves = f"{self.moves} move{'' if self.moves == 1 else 's'}"
@@ -100,7 +117,11 @@ def link(
     name:str,  # the part of the state that they share, such as "T", "example" or "picked"
 ) -> None:
     "Keep one control or selection equal in all views; the first one's value wins at the start."
+    figures.check_text(name, "name")
+    if len(views) < 2:
+        raise ValueError(f"link needs two views or more, such as link(a, b, name='T'); got {len(views)}")
     for view in views:
+        _check_view(view)
         if name not in view.state():
             raise ValueError(f"{type(view).__name__} has no {name!r}; its state is {sorted(view.state())}")
     def follow(change):

@@ -42,8 +42,8 @@ def check_clinic(
                          f"more, two steps or more; the 5 are {', '.join(stored.SYMPTOMS)}; got {a.dtype} {a.shape}")
     if not np.isfinite(a).any(axis=(0, 1, 2))[STUDENT]:
         raise ValueError("runs hold no accuracy of the student (symptom 2), which is the chart that is always open")
-    names = figures.check_names(names, a.shape[1])
-    steps = figures.check_list(range(a.shape[2]) if steps is None else steps, "steps")
+    names = figures.check_names(names, a.shape[1], "names")
+    steps = figures.check_rising(range(a.shape[2]) if steps is None else steps, "steps", [0, 10, 25])
     if len(steps) != a.shape[2]:
         raise ValueError(f"steps must hold {a.shape[2]} numbers, one per step of runs; got {len(steps)}")
     return a.astype(np.float64), names, steps
@@ -71,7 +71,7 @@ class _Case(KDWidget):
     won = List(Int()).tag(kd=True)
 
     def settle(self, changed):
-        if not 0 <= self.case < len(self.order):
+        if not 0 <= self.case < len(self.order) == len(self.won):
             return  # the picture says so
         solved = self.won[self.case] >= 0
         if "case" in changed:
@@ -84,6 +84,16 @@ class _Case(KDWidget):
                 self.won = [*self.won[:self.case], gain, *self.won[self.case + 1:]]
             else:
                 self.wrong += 1
+
+    def _bug(self, case, seed, wrong, won):
+        "The bug of the case, if the state is one of this quiz."
+        n = len(self.order)
+        figures.check_index(seed, len(self.runs), "seed")
+        if len(won) != n or not all(-1 <= p <= 10 for p in won):
+            raise ValueError(f"won must hold {n} numbers, one per case: its points up to 10, or -1; got {won}")
+        if wrong < 0:
+            raise ValueError(f"wrong must be the number of wrong guesses, 0 or more; got {wrong}")
+        return int(self.order[figures.check_index(case, n, "case")])
 
     @property
     def score(self) -> int:
@@ -118,14 +128,12 @@ class BugClinic(_Case):
 
     def _open(self, shown): return [STUDENT, *(symptom for name, symptom in CHARTS.items() if shown[name])]
 
-    def _bug(self, case): return int(self.order[figures.check_index(case, len(self.order), "case")])
-
     def draw(self, case, seed, guess, wrong, won, **shown):
-        seed = figures.check_index(seed, len(self.runs), "seed")
-        return clinic_figure(self.runs, self.steps, self._bug(case), seed, self._open(shown), won, case, wrong)
+        bug = self._bug(case, seed, wrong, won)
+        return clinic_figure(self.runs, self.steps, bug, seed, self._open(shown), won, case, wrong)
 
     def sentence(self, case, seed, guess, wrong, won, **shown):
-        bug = self._bug(case)
+        bug = self._bug(case, seed, wrong, won)
         said = f"Case {case + 1}, seed {seed}: {clinic_sentence(self.runs, bug, seed, self._open(shown))}"
         name = self.names[bug]
         if won[case] >= 0:

@@ -33,7 +33,7 @@ class _Cells(KDWidget):
     "The state, the matrix at its temperature, and what a click does."
     T, cluster = Float(4.0).tag(kd=True), Bool(False).tag(kd=True)
     row, col = Int(0).tag(kd=True), Int(1).tag(kd=True)
-    _now = None
+    _now, unlisted = None, ("row", "col")
 
     def numbers(self, T):
         "The matrix at T; it is kept until T changes."

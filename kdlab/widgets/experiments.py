@@ -6,6 +6,7 @@
 __all__ = ['Comparison']
 
 # %% ../../nbs/api/widgets/03_experiments.ipynb #95c73975
+from ..figures import kit as figures
 from ..figures.experiments import arms_figure, arms_sentence
 from .kit import KDWidget
 
@@ -35,7 +36,7 @@ class Comparison(KDWidget):
         title:str="",  # above the view
     ):
         self.shown = dict(scores=scores, differences=differences, base=base, guess=guess, unit=unit)
-        self.title = title
+        self.title = figures.check_text(title, "title")
         super().__init__(hide=["reset"])
 
     def controls(self):

@@ -40,7 +40,7 @@ class CompareKernels(KDWidget):
     ):
         if not isinstance(measured, dict | None):
             raise ValueError(f"measured must be what another view's `measured` holds, a dict; got {type(measured).__name__}")
-        if not isinstance(budget, (int, float)) or not 0 <= budget < 1000:
+        if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 <= budget < 1000:
             raise ValueError(f"budget must be a number of seconds, 0 or more, such as 0.3; got {budget!r}")
         self.measured, self.budget = dict(measured or {}), budget
         super().__init__(hide)

@@ -86,6 +86,8 @@ class LiveRun(_Training):
     ):
         if not hasattr(student, "state_dict"):
             raise ValueError(f"student must be a torch module, which is trained; got {type(student).__name__}")
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise ValueError(f"epochs must be a whole number of at least 1, such as 20; got {epochs!r}")
         self.student, self.epochs, self.run, self.history = student, epochs, None, []
         self._given = dict(teacher=teacher, train=train, valid=valid, epochs=epochs, progress=False) | options
         self._first = {name: value.detach().clone() for name, value in student.state_dict().items()}

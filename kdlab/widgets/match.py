@@ -45,6 +45,7 @@ class _Pair(KDWidget):
     "The state: which run at which moment, which pair of layers, and which examples stand out."
     hint, step, seed, teacher, student, example, klass = (
         Bool(False).tag(kd=True), *(Int(v).tag(kd=True) for v in (0, 0, 0, 0, 0, -1)))
+    unlisted = ("klass",)
 
     def _named(self, n, seeds, variants, moments):
         "The controls; one choice is no choice."
@@ -64,6 +65,8 @@ class _Pair(KDWidget):
                      (*map(len, self.layers), len(self.moments), len(self.cka)))
         for name, i, n in limits:
             figures.check_index(i, n, name)
+        if hint and self.cka.shape[1] < 2:
+            raise ValueError("hint must be False: no features with a projector were given")
         return self.cka, int(hint), step, seed, (teacher, student)
 
     def point(self, event, points):
@@ -120,6 +123,8 @@ class LayerMatch(_Pair):
 
     def sentence(self, hint, step, seed, teacher, student, example, klass):
         said = match_sentence(*self._at(hint, step, seed, teacher, student), self.layers, self.moments)
+        if not -1 <= klass < len(self.names):
+            raise ValueError(f"klass must lie in 0..{len(self.names) - 1}, or be -1 for all; got {klass}")
         who = "" if klass < 0 else f" Class {self.names[klass]} stands out."
         example = figures.check_index(example, len(self.labels), "example")
         return f"{said}{who} The ring is around example {example}, a {self.names[self.labels[example]]}."

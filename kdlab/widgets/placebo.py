@@ -87,7 +87,7 @@ class PlaceboTeacher(_Images):
             steps, arms = stored.STEPS, stored.ARMS
             targets, images = arrays["placebo_targets"][0], arrays["placebo_images"][0]
             labels = targets[0].argmax(-1)
-        self.steps, self.arms = figures.check_rising(steps, "steps", [100, 200]), figures.check_list(arms, "arms")
+        self.steps, self.arms = figures.check_rising(steps, "steps", [100, 200]), [*map(str, figures.check_list(arms, "arms"))]
         self.scores = _check_scores(scores, self.steps, self.arms)
         self.tasks = list(scores)
         self.targets, self.images, self.labels, self.names = _check_targets(targets, images, labels, class_names, len(self.arms))

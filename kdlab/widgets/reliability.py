@@ -76,6 +76,7 @@ class _Models(KDWidget):
 
     def _logits(self, model, step, seed):
         runs = list(self.models.values())[figures.check_index(model, len(self.models), "model")]
+        figures.check_index(step, max(m.shape[1] for m in self.models.values()), "step")
         return runs[figures.check_index(seed, len(runs), "seed"), min(step, runs.shape[1] - 1)]
 
     def _curves(self, model, step, seed, bins, equal_mass):

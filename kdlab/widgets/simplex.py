@@ -77,6 +77,14 @@ class _Points(KDWidget):
         self.assign(**state)
 
 # %% ../../nbs/api/widgets/13_simplex.ipynb #d223edee
+def _both(state):
+    "Teacher and student as probabilities."
+    for name in _Points._POINTS:
+        if not 0 < state[name] < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {state[name]:g}")
+    return [point(state[f"{who}_first"], state[f"{who}_split"]) for who in ("teacher", "student")]
+
+# %% ../../nbs/api/widgets/13_simplex.ipynb #7212716e
 class Simplex(_Points):
     "Teacher and student as points of a triangle: the landscape of each loss, and the way down in it."
     title = "Simplex"
@@ -108,8 +116,7 @@ class Simplex(_Points):
     def _given(self, state):
         "What figure and sentence take: both points, the loss, and the names of the corners."
         three = range(3) if self.own is None else self.corners(state["example"])[0]
-        both = (point(state[f"{who}_first"], state[f"{who}_split"]) for who in ("teacher", "student"))
-        return *both, figures.check_index(state["loss"], len(LOSSES), "loss"), [self.names[k] for k in three]
+        return *_both(state), figures.check_index(state["loss"], len(LOSSES), "loss"), [self.names[k] for k in three]
 
     def draw(self, **state): return simplex_figure(*self._given(state))
 

@@ -40,7 +40,8 @@ class TransferSet(KDWidget):
         if scores is None:
             figures.check_absent("scores", sizes=sizes, sources=sources)
             scores, sizes, sources = stored.load()["transfer"], stored.SIZES, stored.SOURCES
-        sizes, sources = figures.check_rising(sizes, "sizes", [100, 300], low=1), figures.check_list(sources, "sources")
+        sizes = figures.check_rising(sizes, "sizes", [100, 300], low=1)
+        sources = [*map(str, figures.check_list(sources, "sources"))]
         scores = figures.check_scores(scores, (len(sizes), len(sources), 2), "accuracy and fidelity for each size and source")
         self.shown = scores, tuple(sizes), tuple(sources)
         self._controls = [figures.slider("size", "Inputs", range(len(sizes)), [str(n) for n in sizes]),
