@@ -137,6 +137,21 @@ def test_accuracy(backend, dtype, loss_bar, grad_bar, f, tail):
 
 
 @backends
+@pytest.mark.parametrize("C, k", [(8, 5), (16, 15), (64, 60)])
+def test_few_classes_outside_of_the_kept_ones(backend, C, k):
+    "What belongs to the tail is small beside the sums over the row that it is made of."
+    gen = torch.Generator().manual_seed(C)
+    teacher = 2 * torch.randn(500, C, generator=gen, dtype=torch.float64)
+    student = (teacher + .2 * torch.randn(500, C, generator=gen, dtype=torch.float64)).float()
+    ids = torch.rand(500, C, generator=gen).argsort(-1)[:, :k]
+    options = dict(tail="uniform", reduction="none")
+    stored = teacher.log_softmax(-1).gather(-1, ids), ids
+    want = sparse_forward_kl(student.double(), *stored, backend="torch", **options)
+    got = sparse_forward_kl(student, *stored, backend=backend, **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-9)
+
+
+@backends
 @asked
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_masks_reductions_weights_and_layouts(backend, f, tail, dtype):

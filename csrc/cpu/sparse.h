@@ -227,6 +227,9 @@ class SparseRows {
         const double w = o.z * o.unit;
         if (y.largest < 0.15 * w / o.total) return true;
         if (has_bucket) return y.value < 0.2 * std::fabs(w - t.rest);
+        double kept = 0;                                        // what the sum over the row loses to rounding because of S
+        for (int64_t j = 0; is_uniform && j < t.kept; ++j) kept += std::fabs(z[j]);
+        if (y.c * kept > 5 * job.T * std::fabs(y.value)) return true;
         return std::fabs(y.value) < 0.1 * (is_uniform ? t.rest : t.mass * w);
     }
 
