@@ -80,7 +80,7 @@ struct Arm {
     }
 };
 
-// Row i: every entry of the Gram matrices is loaded once for two corners.
+// Row i: every entry of the Gram matrices is loaded once for all these corners.
 template <bool kGrad, class... Corners>
 inline void pairs_of_row(const AngleJob& a, int64_t i, double* part, Corners&... corners) {
     const int64_t B = a.count, tile = i - i % AngleJob::tile, next = std::min(B, tile + AngleJob::tile);
@@ -107,14 +107,19 @@ inline void pairs_of_row(const AngleJob& a, int64_t i, double* part, Corners&...
 // Corners [begin, end), which stay in the second cache together with a few rows of what they add to.
 template <bool kGrad>
 void corners_at(const AngleJob& a, int64_t begin, int64_t end, double* part, double* diagonal, double* memory) {
+    constexpr int64_t beside = sizeof(F64) == 64 ? 2 : 1;   // corners that registers have room for
     const int64_t B = a.count, rows = std::max(AngleJob::tile, 4096 / a.room());
     Corner corners[AngleJob::together];
     for (int64_t j = begin; j < end; ++j) corners[j - begin] = Corner(a, j, memory + 6 * (j - begin) * a.room());
     for (int64_t first = 0; first < B; first += rows)
-        for (int64_t c = 0; c < end - begin; c += 2)
+        for (int64_t c = 0; c < end - begin; c += beside)
             for (int64_t i = first; i < std::min(B, first + rows); ++i) {
-                if (c + 1 < end - begin) pairs_of_row<kGrad>(a, i, part, corners[c], corners[c + 1]);
-                else pairs_of_row<kGrad>(a, i, part, corners[c]);
+                if constexpr (beside == 2)
+                    if (c + 1 < end - begin) {
+                        pairs_of_row<kGrad>(a, i, part, corners[c], corners[c + 1]);
+                        continue;
+                    }
+                pairs_of_row<kGrad>(a, i, part, corners[c]);
             }
     for (const Corner* c = corners; c < corners + (end - begin); ++c) {
         a.rows[c->j] = sum_of(c->loss);
