@@ -161,7 +161,7 @@ def test_squares_of_differences(isa, C, center):
 @pytest.mark.parametrize("C", [10, 300])
 def test_the_ends_of_the_mixtures(isa, name, option, C):
     "Where a mixture is nearly one of its two sides, what is left of the other keeps its digits."
-    for weight in (0.0, 1e-4, 0.01, 0.95, 0.999, 1.0):
+    for weight in (0.0, 1e-4, 0.01, 0.999, 1.0):
         for kind in ("ordinary", "wide", "near", "nearer", "both sure"):
             s, t = (x.float() for x in data(kind, 7, C))
             rows, grad = kernel(name, {option: weight}, s, t, 2.0)
