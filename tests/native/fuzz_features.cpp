@@ -5,6 +5,8 @@
 //
 // Built with AddressSanitizer and UndefinedBehaviorSanitizer; every buffer has exactly the size it must have. Each case
 // is computed with one, two and four threads, whose results must be the same bits.
+#include <algorithm>
+
 #include "fuzz.h"
 #include "kdlab_features.h"
 
