@@ -67,7 +67,8 @@ def build_cuda(sources, folder, target):
 
     archs = os.environ.get("KDLAB_CUDA_ARCHS", "75 80 90").replace(",", " ").split()
     # The sources differ from 9.0 on (clusters) and nowhere else: two passes of the front end serve all devices.
-    front = lambda arch: min((a for a in archs if (int(a) < 90) == (int(arch) < 90)), key=int)
+    plain = sorted((a for a in archs if a.isdigit()), key=int)       # not 90a, which stands for that device alone
+    front = lambda arch: next((a for a in plain if arch in plain and (int(a) < 90) == (int(arch) < 90)), arch)
     code = [f"-gencode=arch=compute_{front(a)},code=sm_{a}" for a in archs]
     code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{pybind11.get_include()}",
